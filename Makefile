@@ -1,0 +1,43 @@
+# `make help` lists the targets. Everything lives in $(VENV); nothing outside this folder changes.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test,plots
+# What the floor environment pins; see `make test-floor`.
+FLOOR ?= transformers==5.17.*
+ARGS ?=
+
+
+.PHONY: help install demo test test-floor lint format clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /|/' | while IFS='|' read -r target text; do \
+		printf '  make %-12s %s\n' "$$target" "$$text"; done
+
+install: $(VENV)/installed  ## Create $(VENV) with the package, tests and plots
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]' $(PIN)
+	touch $@
+
+demo: install  ## Train a small GPT-2 with --optim sophia on real text (a few minutes on two cores)
+	$(VENV)/bin/python recipes/pretrain_gpt2.py $(ARGS)
+
+test: install  ## Run all tests; ARGS='-k name' picks some
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-floor:  ## Run all tests on the oldest transformers that is tested, in its own environment
+	$(MAKE) test VENV=.venv-floor PIN='$(FLOOR)'
+
+lint: install  ## Check style and formatting with ruff
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: install  ## Format the code with ruff
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## Remove environments, caches and runs
+	rm -rf .venv .venv-floor .pytest_cache .ruff_cache build runs *.egg-info
