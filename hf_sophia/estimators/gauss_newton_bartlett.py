@@ -1,0 +1,182 @@
+"""The Gauss-Newton-Bartlett estimate of the Hessian's diagonal, from labels the model samples."""
+
+from collections.abc import Iterable
+
+import torch
+
+from hf_sophia.estimators.likelihoods import sampled_cotangent
+
+
+class GaussNewtonBartlett:
+    """Accumulates the estimate over groups of predictions: micro-batches, for instance.
+
+    With `L_r` the mean loss of group r's sampled labels, `B_r` the number of its predictions and
+    `G_r = B_r grad L_r` the gradient of the summed loss,
+
+    ```
+    hhat = sum_r G_r^2 / sum_r B_r
+    ```
+
+    Every prediction's label is drawn on its own, so the cross terms of `G_r^2` vanish in the mean
+    and the estimate is unbiased for the diagonal of the Gauss-Newton matrix of the mean loss,
+    however the predictions are grouped. More groups have fewer cross terms and less variance.
+
+    Args:
+        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+
+    References:
+        Liu et al., "Sophia", 2023, arXiv 2305.14342, Section 2.3 and Algorithm 2.
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        self._params = list(dict.fromkeys(p for p in params if p.requires_grad))
+        self._squares: dict[torch.Tensor, torch.Tensor] = {}
+        self._count: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of predictions so far, B in all; reading it syncs the device."""
+        return 0 if self._count is None else int(self._count)
+
+    def add(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        likelihood: str = "categorical",
+        generator: torch.Generator | None = None,
+        retain_graph: bool = False,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """Sample labels for one group, differentiate their loss and add its square.
+
+        Nothing touches `.grad`. Arguments as for `gauss_newton_bartlett`.
+
+        Args:
+            logits: The model's outputs with their graph, shape (..., classes).
+            targets: Say which predictions count: those that are not -100; None: all.
+            likelihood: `"categorical"`, `"bernoulli"` or `"gaussian"`.
+            generator: Source of the labels' randomness.
+            retain_graph: Keep the graph for a later backward pass through it.
+            loss_scale: Factor on the loss during the backward pass, to keep fp16 gradients in
+                range; it leaves the estimate as it is.
+
+        Raises:
+            ValueError: The logits carry no graph, or an argument is wrong.
+            RuntimeError: The graph was freed by an earlier backward pass.
+        """
+        differentiable = isinstance(logits, torch.Tensor) and logits.is_floating_point()
+        if differentiable and not logits.requires_grad:
+            raise ValueError(
+                "the logits carry no graph: run the forward pass with gradients enabled and pass"
+                " them as the model returned them, not detached"
+            )
+        cotangent, count = sampled_cotangent(
+            logits, targets, likelihood=likelihood, generator=generator, loss_scale=loss_scale
+        )
+        try:
+            grads = torch.autograd.grad(
+                logits,
+                self._params,
+                grad_outputs=cotangent,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "the graph of the logits is gone: estimate before loss.backward(), or call"
+                " loss.backward(retain_graph=True) on the steps where the Hessian is due"
+            ) from error
+        with torch.no_grad():
+            self._count = count if self._count is None else self._count + count
+            for param, grad in zip(self._params, grads, strict=True):
+                if grad is not None:
+                    self._add_square(param, grad, count / loss_scale)
+
+    def _add_square(self, param: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> None:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        total = grad.to(dtype) * factor.to(grad.device, dtype)
+        if param in self._squares:
+            self._squares[param].addcmul_(total, total)
+        else:
+            self._squares[param] = total.square_()
+
+    @torch.no_grad()
+    def estimate(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Return the estimate of every parameter and forget the groups.
+
+        Returns:
+            `{parameter: hhat}`, shaped like the parameter, >= 0, in fp32 at least; zeros where the
+            graph did not reach.
+
+        Raises:
+            ValueError: No prediction counted.
+        """
+        if self.count == 0:
+            raise ValueError("no prediction counts: every target is -100, so there is no estimate")
+        result = {}
+        for param in self._params:
+            square = self._squares.pop(param, None)
+            if square is None:
+                dtype = torch.promote_types(param.dtype, torch.float32)
+                result[param] = torch.zeros_like(param, dtype=dtype)
+            else:
+                result[param] = square.div_(self._count.to(square.device))
+        self._count = None
+        return result
+
+
+def gauss_newton_bartlett(
+    logits: torch.Tensor,
+    params: Iterable[torch.Tensor],
+    *,
+    targets: torch.Tensor | None = None,
+    likelihood: str = "categorical",
+    generator: torch.Generator | None = None,
+    retain_graph: bool = False,
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Estimate the diagonal Gauss-Newton matrix of the mean loss from one batch of logits.
+
+    `hhat = B grad L * grad L`, with L the mean negative log-likelihood of labels that are drawn
+    from the model's own distribution, and B how many there are.
+
+    Args:
+        logits: The model's outputs with their graph, shape (..., classes).
+        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+        targets: Only say which predictions count: those that are not -100. Shape (...) for
+            `"categorical"` (for a causal language model, the labels shifted by one), else that of
+            the logits; None: all count.
+        likelihood: `"categorical"` (cross-entropy), `"bernoulli"` (binary cross-entropy) or
+            `"gaussian"` (squared error, without a factor 1/2).
+        generator: Source of the labels' randomness, on the logits' device; None: torch's default.
+        retain_graph: Keep the graph for the training loss's `backward()`.
+
+    Returns:
+        `{parameter: hhat}`, shaped like the parameter, >= 0, in fp32 at least; zeros where the
+        graph does not reach.
+
+    Raises:
+        ValueError: The logits carry no graph, no prediction counts, or an argument is wrong.
+        RuntimeError: The graph was freed by an earlier backward pass.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> logits = model(torch.randn(8, 4))
+        >>> estimate = gauss_newton_bartlett(logits, model.parameters())
+        >>> estimate[model.weight].shape
+        torch.Size([3, 4])
+
+    References:
+        Liu et al., "Sophia", 2023, arXiv 2305.14342, Section 2.3 and Algorithm 2.
+
+    Differs from the authors' code: no clipping of the gradient before it is squared, and only the
+    predictions that the loss counts are sampled and counted.
+    """
+    accumulator = GaussNewtonBartlett(params)
+    accumulator.add(
+        logits, targets, likelihood=likelihood, generator=generator, retain_graph=retain_graph
+    )
+    return accumulator.estimate()

@@ -1,0 +1,62 @@
+"""Fixtures of all tests: tiny models from configs, no network but loopback."""
+
+import ipaddress
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, this machine has none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches for the network fails at once instead of waiting for a time-out."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple):
+            host = str(address[0])
+            loopback = host == "localhost" or (
+                host.replace(".", "").isdigit() and ipaddress.ip_address(host).is_loopback
+            )
+            if not loopback and host != "::1":
+                raise AssertionError(f"a test tried to connect to {address!r}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
+    """Make a GPT-2 of a few thousand parameters, the same one for the same seed."""
+
+    def make(seed: int = 0, **overrides: object) -> GPT2LMHeadModel:
+        torch.manual_seed(seed)
+        options = {
+            "vocab_size": 37,
+            "n_positions": 32,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "loss_type": "ForCausalLM",
+        }
+        return GPT2LMHeadModel(GPT2Config(**{**options, **overrides}))
+
+    return make
