@@ -1,0 +1,264 @@
+"""What Adam, RAdam and Sophia have in common: groups, checks, state in fp32, state dictionaries."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from hf_sophia.optim.validation import check_betas, check_non_negative
+from hf_sophia.optim.weight_decay import WeightDecay
+
+State = dict[str, Any]
+Group = dict[str, Any]
+
+
+def state_dtype(param: torch.Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's state: fp32 at least, float64 for float64 parameters.
+
+    A bf16 moving average stops moving once its increments fall below 2^-8 of it, and fp16
+    underflows to 0.
+    """
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+@torch.no_grad()
+def first_non_finite(tensors: list[torch.Tensor]) -> int | None:
+    """Return the index of the first tensor that holds a NaN or an infinity, else None.
+
+    One pass over the norms and one device sync when all is well; the exact search runs only
+    when a norm is not finite, which large but finite values can cause too.
+    """
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    norms = (torch.stack(_norms(same_device)) for same_device in by_device.values())
+    if all(norm.isfinite().all().item() for norm in norms):
+        return None
+    finite = (tensor.isfinite().all().item() for tensor in tensors)
+    return next((index for index, good in enumerate(finite) if not good), None)
+
+
+def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [norm.to(torch.float32) for norm in torch._foreach_norm(tensors)]
+
+
+class BaseOptimizer(Optimizer):
+    """Base of the optimizers here; a subclass writes its equation in `_update`.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as for any torch optimizer.
+        options: The named constructor options of the subclass, as defaults of every group.
+        weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
+        defaults: Further defaults of group values. A key that is also a named option must
+            agree with it.
+    """
+
+    #: Every option of a group with its check; a subclass extends it.
+    _checks: ClassVar[dict[str, Callable[[str, Any], None]]] = {
+        "lr": check_non_negative,
+        "betas": check_betas,
+        "eps": check_non_negative,
+        "weight_decay": check_non_negative,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        options: dict[str, Any],
+        weight_decay: WeightDecay | float,
+        defaults: Mapping[str, Any] | None,
+    ) -> None:
+        if not isinstance(weight_decay, WeightDecay):
+            weight_decay = WeightDecay(weight_decay)
+        self.weight_decay = weight_decay
+        options = {**options, "weight_decay": weight_decay.weight_decay}
+        for name, value in (defaults or {}).items():
+            if name in options and options[name] != value:
+                raise ValueError(
+                    f"{name} is given twice: {options[name]!r} as an argument and {value!r} in"
+                    f" defaults; pass it as {name}={value!r} only"
+                )
+        super().__init__(params, {**(defaults or {}), **options})
+
+    @abstractmethod
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        """Name the state tensors of a parameter of this group, all shaped like it."""
+
+    @abstractmethod
+    def _update(self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> None:
+        """Advance `state["step"]` and the state tensors and change `theta`, all in place.
+
+        `theta`, `grad` and the state tensors share the shape and `state_dtype(theta)`.
+        """
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, with the same checks as the constructor's.
+
+        Raises:
+            ValueError, TypeError: An option is out of range, or a parameter is complex.
+        """
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.is_complex():
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"{type(self).__name__} does not support complex parameters, got one of shape"
+                    f" {tuple(param.shape)}; optimize torch.view_as_real(parameter) instead"
+                )
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        for name, check in self._checks.items():
+            check(name, group[name])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Re-evaluates the loss and calls `backward()`; run with gradients enabled.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            ValueError: A gradient holds NaN or infinity; no parameter has changed.
+            RuntimeError: A gradient is sparse or complex.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._apply_gradients()
+        return loss
+
+    def _apply_gradients(self) -> None:
+        """Check every gradient before any parameter changes, then update each."""
+        pairs = [
+            (param, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        self._check_gradients([param for param, _ in pairs])
+        for param, group in pairs:
+            dtype = state_dtype(param)
+            theta = param if param.dtype == dtype else param.to(dtype)
+            grad = self.weight_decay(theta, param.grad.to(dtype), group)
+            self._update(theta, grad, self._state_of(param, group), group)
+            if theta is not param:
+                param.copy_(theta)
+
+    def _check_gradients(self, params: list[torch.Tensor]) -> None:
+        name = type(self).__name__
+        for param in params:
+            if param.grad.is_sparse or param.grad.is_sparse_csr:
+                raise RuntimeError(
+                    f"{name} does not support sparse gradients, got one for"
+                    f" {self._describe(param)}; use sparse=False in the embedding that made it"
+                )
+            if param.grad.is_complex():
+                raise RuntimeError(
+                    f"{name} does not support complex gradients, got one for"
+                    f" {self._describe(param)}"
+                )
+        if params and (index := first_non_finite([p.grad for p in params])) is not None:
+            raise ValueError(
+                f"the gradient of {self._describe(params[index])} holds NaN or infinity; no"
+                " parameter was changed. Call zero_grad() and leave this batch out, lower the"
+                " learning rate or, in fp16, step through a GradScaler"
+            )
+
+    def _describe(self, param: torch.Tensor) -> str:
+        for index, group in enumerate(self.param_groups):
+            for position, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    names = group.get("param_names")
+                    label = repr(names[position]) if names else f"{position} of group {index}"
+                    return f"parameter {label} (shape {tuple(param.shape)})"
+        return f"a parameter of shape {tuple(param.shape)} that this optimizer does not hold"
+
+    def _state_of(self, param: torch.Tensor, group: Group) -> State:
+        """Return the parameter's state, made whole on first use."""
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            for name in self._state_names(group):
+                state[name] = torch.zeros_like(
+                    param, dtype=state_dtype(param), memory_format=torch.preserve_format
+                )
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary, keeping every state tensor in fp32 at least.
+
+        torch's own method casts state to the parameter's dtype, which would round a bf16 run's
+        moving averages at every resume.
+
+        Raises:
+            ValueError: It was saved by another optimizer, or for parameters of another shape or
+                number; this optimizer is as it was before.
+        """
+        exact: dict[str, Any] = {}
+
+        def check_and_keep(_: Optimizer, loaded: dict[str, Any]) -> None:
+            self._check_state_dict(loaded)
+            exact.update(loaded)
+
+        handle = self.register_load_state_dict_pre_hook(check_and_keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for param, _, saved in self._match(exact):
+            for name, value in saved.items():
+                if isinstance(value, torch.Tensor):
+                    self.state[param][name] = value.to(param.device, state_dtype(param), copy=True)
+
+    def _match(self, state_dict: dict[str, Any]) -> Iterable[tuple[torch.Tensor, Group, State]]:
+        """Pair each parameter with its saved group and state (empty where none was saved)."""
+        saved_groups = state_dict["param_groups"]
+        ids = chain.from_iterable(
+            ((saved, index) for index in saved["params"]) for saved in saved_groups
+        )
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for param, (saved, index) in zip(params, ids, strict=True):
+            yield param, saved, state_dict["state"].get(index, {})
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"the state dictionary holds parameter groups of {saved_sizes} parameters, this"
+                f" {name} has groups of {sizes}; build the model and its groups as they were when"
+                " it was saved"
+            )
+        for group in state_dict["param_groups"]:
+            if missing := sorted(self._checks.keys() - group.keys()):
+                raise ValueError(
+                    f"the state dictionary was not saved by {name}: its groups lack {missing}."
+                    " Load it into the optimizer that saved it, or start without it"
+                )
+            self._check_group(group)
+        for param, group, state in self._match(state_dict):
+            wanted = {"step", *self._state_names(group)}
+            if state and state.keys() != wanted:
+                raise ValueError(
+                    f"the state dictionary was not saved by {name} with these options: it keeps"
+                    f" {sorted(state)} for {self._describe(param)}, wanted {sorted(wanted)}"
+                )
+            for key in self._state_names(group) if state else ():
+                if state[key].shape != param.shape:
+                    raise ValueError(
+                        f"the state dictionary does not fit {self._describe(param)}: its {key}"
+                        f" has shape {tuple(state[key].shape)}"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: torch's part and the weight decay."""
+        return {**super().__getstate__(), "weight_decay": self.weight_decay}

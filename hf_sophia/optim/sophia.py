@@ -1,0 +1,356 @@
+"""Sophia: a momentum step preconditioned by a diagonal Hessian and clipped per coordinate."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
+from hf_sophia.optim.base import BaseOptimizer, Group, State, first_non_finite
+from hf_sophia.optim.validation import check_positive, check_positive_integer
+from hf_sophia.optim.weight_decay import WeightDecay
+
+#: What `hessian_computation_type` may be: the estimator that `step()` runs by itself.
+HESSIAN_COMPUTATION_TYPES = ("gnb", "hutchinson")
+
+
+def _check_hessian_computation_type(name: str, value: Any) -> None:
+    if value not in HESSIAN_COMPUTATION_TYPES:
+        known = ", ".join(map(repr, HESSIAN_COMPUTATION_TYPES))
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def sophia_update(
+    theta: torch.Tensor,
+    m: torch.Tensor,
+    h: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    rho: float,
+    eps: float,
+) -> None:
+    """Change `m` and `theta` in place: lines 6 and 13 of Algorithm 3, with lr = eta * rho."""
+    m.lerp_(g, 1.0 - beta1)
+    ratio = h.clamp(min=eps)
+    torch.div(m, ratio, out=ratio).clamp_(-rho, rho)
+    theta.add_(ratio, alpha=-lr / rho)
+
+
+class Sophia(BaseOptimizer):
+    """Sophia, with either Hessian estimator: Sophia-G (`"gnb"`) or Sophia-H (`"hutchinson"`).
+
+    ```
+    h <- beta2 h + (1 - beta2) hhat        at steps t with t mod k = 1 (k = 1: every step)
+    m <- beta1 m + (1 - beta1) g
+    theta <- theta - (lr / rho) * clip(m / max(h, eps), -rho, rho)
+    ```
+
+    The estimate `hhat` comes in one of three ways, each before the update of the same step:
+
+    - `update_hessian(mapping)`, when `hessian_due`: any estimate, from anywhere;
+    - `step(logits=logits)` for `"gnb"`, after `loss.backward(retain_graph=True)`: every row of the
+      logits counts and labels are sampled from them;
+    - `step(closure)` for `"hutchinson"`, with a closure that returns the loss and does not call
+      `backward()`; `step` then fills `.grad` itself, replacing what was there.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: The largest step per coordinate, `eta * rho` in the paper; >= 0.
+        betas: Decay rates of the gradient's and of the Hessian's average, each in [0, 1).
+        eps: Smallest curvature to divide by; > 0. Coordinates below it take sign steps.
+        rho: Clipping threshold of `m / max(h, eps)`; > 0. Larger clips less, so it moves the method
+            from sign momentum towards Newton's. `|m|` is noise of order `sqrt(h / B)`, so the right
+            value grows like `1 / sqrt(B)`: 0.05 at 480k tokens a step is about 0.7 at 2k.
+        weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
+        defaults: Further defaults of group values.
+        k: Steps from one Hessian refresh to the next, >= 1; the same in every group.
+        hessian_computation_type: Estimator that `step` runs by itself; the same in every group.
+
+    State per parameter: `step` (this optimizer's count of steps when the parameter last moved),
+    `exp_avg` (m) and `hessian` (h), in fp32 at least.
+
+    Raises:
+        ValueError, TypeError: An option is out of range or of a wrong type.
+
+    Example:
+        >>> import torch
+        >>> from hf_sophia import gauss_newton_bartlett
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = Sophia(model.parameters(), lr=1e-2, rho=1.0, k=10)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> for _ in range(20):
+        ...     logits = model(x)
+        ...     loss = torch.nn.functional.cross_entropy(logits, y)
+        ...     if optimizer.hessian_due:
+        ...         estimate = gauss_newton_bartlett(logits, model.parameters(), retain_graph=True)
+        ...         optimizer.update_hessian(estimate)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+
+    References:
+        Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+        Pre-training", 2023, arXiv 2305.14342, Algorithm 3 (with 1 and 2 as its estimators).
+
+    Differs from the authors' code: that one refreshes h after the step and for the first time after
+    step k, clips the sampled gradient before squaring it, and has the user pass the batch size to
+    `step`, as m / (rho B h). Here B is counted at each refresh and is part of the estimate.
+    """
+
+    _checks: ClassVar[dict[str, Any]] = {
+        **BaseOptimizer._checks,
+        "eps": check_positive,
+        "rho": check_positive,
+        "k": check_positive_integer,
+        "hessian_computation_type": _check_hessian_computation_type,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-12,
+        rho: float = 0.03,
+        weight_decay: WeightDecay | float = WeightDecay(),
+        defaults: Mapping[str, Any] | None = None,
+        *,
+        k: int = 10,
+        hessian_computation_type: str = "gnb",
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "rho": rho,
+            "k": k,
+            "hessian_computation_type": hessian_computation_type,
+        }
+        # The step whose refresh has been made, and a due step that passed without one.
+        self._refreshed_step: int | None = None
+        self._missed_step: int | None = None
+        self._warned = False
+        super().__init__(params, options, weight_decay, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group; `k` and the estimator must be those of the other groups.
+
+        Raises:
+            ValueError, TypeError: An option is out of range, or a parameter is complex.
+        """
+        group = {**self.defaults, **param_group}
+        self._check_group(group)
+        for name in ("k", "hessian_computation_type"):
+            for other in self.param_groups[:1]:
+                if group[name] != other[name]:
+                    raise ValueError(
+                        f"{name} must be the same in every parameter group, got {group[name]!r}"
+                        f" beside {other[name]!r}: one backward pass refreshes all of them"
+                    )
+        super().add_param_group(param_group)
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg", "hessian")
+
+    @property
+    def _next_step(self) -> int:
+        return 1 + max((state["step"] for state in self.state.values()), default=0)
+
+    @property
+    def hessian_due(self) -> bool:
+        """Whether `update_hessian` should be called before the next `step()`."""
+        t = self._next_step
+        return (t - 1) % self.param_groups[0]["k"] == 0 and self._refreshed_step != t
+
+    @torch.no_grad()
+    def update_hessian(self, mapping: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Fold an estimate into the Hessian: `h <- beta2 h + (1 - beta2) hhat`.
+
+        Args:
+            mapping: The estimate of each parameter, shaped like it; computed in any floating
+                dtype, folded in fp32 at least. Parameters that are missing keep their h. An empty
+                mapping says that this refresh was left out on purpose.
+
+        Raises:
+            ValueError: A key is not a parameter of this optimizer, or an estimate has another
+                shape or holds NaN or infinity; nothing has changed then.
+        """
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for param, estimate in mapping.items():
+            if param not in groups:
+                raise ValueError(
+                    f"update_hessian got {self._describe(param)}; pass the parameters that this"
+                    " optimizer was built with"
+                )
+            if estimate.shape != param.shape:
+                raise ValueError(
+                    f"update_hessian got an estimate of shape {tuple(estimate.shape)} for"
+                    f" {self._describe(param)}"
+                )
+        if mapping and (index := first_non_finite(list(mapping.values()))) is not None:
+            raise ValueError(
+                f"the Hessian estimate of {self._describe(list(mapping)[index])} holds NaN or"
+                " infinity; nothing was changed. Leave this refresh out with update_hessian({})"
+            )
+        # Taken before states are made: an unfinished state would count as step 0 all the same.
+        t = self._next_step
+        for param, estimate in mapping.items():
+            hessian = self._state_of(param, groups[param])["hessian"]
+            hessian.lerp_(estimate.to(hessian.dtype), 1.0 - groups[param]["betas"][1])
+        self._refreshed_step = t
+        self._missed_step = None
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], Any] | None = None, logits: torch.Tensor | None = None
+    ) -> Any:
+        """Take one step, first refreshing the Hessian from `logits` or `closure` where it is due.
+
+        Args:
+            closure: Returns the loss; run with gradients enabled. For `"gnb"` it calls
+                `backward()`, as for any torch optimizer; for `"hutchinson"` it must not on the
+                steps where the Hessian is due, and need not on the others.
+            logits: For `"gnb"`: the model's logits, shape (..., classes), with their graph. Only
+                read when the Hessian is due.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            ValueError: A gradient or an estimate holds NaN or infinity, or logits came with
+                `"hutchinson"`; no parameter has changed.
+            RuntimeError: The graph that the refresh needs is gone, or a gradient is sparse or
+                complex.
+        """
+        by_hutchinson = self.param_groups[0]["hessian_computation_type"] == "hutchinson"
+        if by_hutchinson and logits is not None:
+            raise ValueError(
+                "step(logits=...) samples labels for hessian_computation_type='gnb', this optimizer"
+                " has 'hutchinson'; pass a closure that returns the loss instead"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = self._differentiate(closure) if by_hutchinson else closure()
+        if logits is not None and self.hessian_due:
+            self.update_hessian(self._from_logits(logits))
+        self._apply_gradients()
+        return loss
+
+    def _apply_gradients(self) -> None:
+        self._current_step = self._next_step
+        super()._apply_gradients()
+
+    def _trainable(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _from_logits(self, logits: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+        return gauss_newton_bartlett(logits, self._trainable())
+
+    def _differentiate(self, closure: Callable[[], Any]) -> Any:
+        """Run a closure; unless it called `backward()`, differentiate its loss here."""
+        params = self._trainable()
+        accumulated: list[torch.Tensor] = []
+        hooks = [p.register_post_accumulate_grad_hook(accumulated.append) for p in params]
+        try:
+            loss = closure()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if accumulated:
+            if self.hessian_due:
+                raise RuntimeError(
+                    "the closure called backward(), which frees the graph that"
+                    " hessian_computation_type='hutchinson' needs: let it only return the loss, or"
+                    " call update_hessian(hutchinson(loss, parameters)) before its backward()"
+                )
+            return loss
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                "with hessian_computation_type='hutchinson' the closure must return the loss, a"
+                f" tensor of one element with its graph, got {loss!r}"
+            )
+        if self.hessian_due:
+            self.update_hessian(hutchinson(loss, params))
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        return loss
+
+    def _check_gradients(self, params: list[torch.Tensor]) -> None:
+        super()._check_gradients(params)
+        if self.hessian_due and params:
+            self._missed_step = self._current_step
+        moves = any(group["lr"] > 0.0 for group in self.param_groups)
+        if self._missed_step is not None and params and moves:
+            self._on_missed_refresh(self._missed_step)
+
+    def _on_missed_refresh(self, due_step: int) -> None:
+        """React to a step that moves parameters although the refresh of `due_step` never came."""
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"Sophia steps without the Hessian refresh that was due at step {due_step}: where h is"
+            " 0 it is sign momentum. Call update_hessian(...) when hessian_due, step(logits=...)"
+            " or, for 'hutchinson', step(closure)",
+            stacklevel=8,
+        )
+
+    def _update(self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> None:
+        state["step"] = self._current_step
+        sophia_update(
+            theta,
+            state["exp_avg"],
+            state["hessian"],
+            grad,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            rho=group["rho"],
+            eps=group["eps"],
+        )
+
+    @torch.no_grad()
+    def clip_fraction(self) -> torch.Tensor:
+        """Return the share of coordinates whose last update was clipped, in [0, 1].
+
+        That is `|m| >= rho max(h, eps)`, over all parameters that have moved; the authors' win rate
+        is 1 minus it. A zero-dimensional tensor on the parameters' device, without a device sync.
+        """
+        clipped, total = [], 0
+        for group in self.param_groups:
+            for state in map(self.state.get, group["params"]):
+                if state and state["step"]:
+                    bound = state["hessian"].clamp(min=group["eps"]).mul_(group["rho"])
+                    clipped.append((state["exp_avg"].abs() >= bound).sum())
+                    total += bound.numel()
+        if not clipped:
+            return torch.zeros(())
+        return torch.stack([c.to(clipped[0].device) for c in clipped]).sum() / total
+
+    @torch.no_grad()
+    def hessian_norm(self) -> torch.Tensor:
+        """Return the L2 norm of h over all parameters, as a zero-dimensional fp32 tensor."""
+        norms = [state["hessian"].norm() for state in self.state.values() if state]
+        if not norms:
+            return torch.zeros(())
+        return torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).norm()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary; the refresh phase follows from the loaded step count.
+
+        Raises:
+            ValueError: As in every optimizer here.
+        """
+        super().load_state_dict(state_dict)
+        self._refreshed_step = None
+        self._missed_step = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep."""
+        kept = ("_refreshed_step", "_missed_step", "_warned")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

@@ -1,0 +1,48 @@
+"""Checks of optimizer options: each names the option, what came and what is wanted."""
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+
+
+def check_non_negative(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number >= 0."""
+    _check_number(name, value)
+    if not (value >= 0.0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number > 0."""
+    _check_number(name, value)
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def check_betas(name: str, value: Any) -> None:
+    """Raise unless `value` holds two decay rates in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be two numbers (beta1, beta2), got {value!r}")
+    for position, beta in enumerate(value):
+        _check_number(f"{name}[{position}]", beta)
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}[{position}] must lie in [0, 1), got {beta!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raise unless `value` is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
