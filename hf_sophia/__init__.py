@@ -1,0 +1,39 @@
+"""The Sophia optimizer (with Adam and RAdam) for PyTorch and Hugging Face Transformers.
+
+Importing this package makes `--optim sophia`, `adam` and `radam` valid in `TrainingArguments`.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
+from hf_sophia.optim import Adam, RAdam, Sophia, WeightDecay
+from hf_sophia.trainer.registration import register, unregister
+
+if TYPE_CHECKING:
+    from hf_sophia.trainer.sophia_trainer import SophiaTrainer, SophiaTrainerMixin
+
+__version__ = version("hf_sophia")
+
+__all__ = [
+    "Adam",
+    "RAdam",
+    "Sophia",
+    "SophiaTrainer",
+    "SophiaTrainerMixin",
+    "WeightDecay",
+    "gauss_newton_bartlett",
+    "hutchinson",
+    "register",
+    "unregister",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainers on first use: `transformers.trainer` takes seconds to import."""
+    if name in ("SophiaTrainer", "SophiaTrainerMixin"):
+        return getattr(import_module("hf_sophia.trainer.sophia_trainer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The integration with transformers and accelerate; nothing below it knows of either."""

@@ -1,0 +1,320 @@
+"""The Trainer that refreshes Sophia's Hessian: a mixin for any Trainer, and the plain one."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from transformers.trainer import Trainer
+
+from hf_sophia.estimators import mean_nll
+from hf_sophia.optim import Sophia
+from hf_sophia.optim.base import first_non_finite
+from hf_sophia.trainer.heads import HeadOutput, base_model, head_output
+from hf_sophia.trainer.refresh import HessianRefresh
+
+logger = logging.getLogger(__name__)
+
+
+class SophiaTrainerMixin:
+    """Gives any `transformers.Trainer` the Hessian that `optim="sophia"` needs.
+
+    Put it first among the bases: `class MyTrainer(SophiaTrainerMixin, SomeTrainer)`. On the steps
+    where the optimizer's Hessian is due, the logits of the training forward pass are kept, labels
+    are sampled from them and `hhat = sum G^2 / sum B` over the step's micro-batches is folded in,
+    before the Trainer clips gradients and steps. The estimator owns its loss, so label smoothing,
+    `num_items_in_batch`, gradient clipping and loss scaling do not reach it. With another optimizer
+    the mixin does nothing.
+
+    Adds to the logs: `sophia/clip_fraction` (share of coordinates clipped in the last step),
+    `sophia/hessian_norm` (L2 norm of h) and `sophia/hessian_tokens` (B of the last refresh).
+
+    Runs on one process so far; other set-ups are refused before the first step.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._refresh: HessianRefresh | None = None
+        self._hessian_tokens: int | None = None
+        self._head_checked = False
+        self._warned_causes: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _sophia(self) -> Sophia | None:
+        """The Sophia under accelerate's wrapper, or None with another optimizer."""
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        return optimizer if isinstance(optimizer, Sophia) else None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer, and refuse a Sophia run that would go wrong later.
+
+        Raises:
+            ValueError: The set-up is not supported; the message says what is.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._sophia is not None:
+            self._check_supported(self._sophia)
+        return optimizer
+
+    def _check_supported(self, optimizer: Sophia) -> None:
+        kind = optimizer.param_groups[0]["hessian_computation_type"]
+        if kind != "gnb":
+            raise ValueError(
+                f"SophiaTrainer supports hessian_computation_type='gnb', got {kind!r}. For"
+                " Hutchinson's estimator use hf_sophia.Sophia in a loop of your own"
+            )
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            raise ValueError(
+                "SophiaTrainer runs on one process and one device so far, got"
+                f" {self.args.world_size} processes with {self.args.n_gpu} devices each: each would"
+                " have a Hessian of its own. Set CUDA_VISIBLE_DEVICES to one device and start"
+                " without torchrun"
+            )
+        if self.accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            raise ValueError(
+                "SophiaTrainer does not support"
+                f" {self.accelerator.distributed_type.value} so far; run on one plain process"
+            )
+
+    def sophia_head(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> HeadOutput:
+        """Say what the loss counts: logits, targets aligned with them, and the likelihood.
+
+        Override it for a model whose head is unknown or whose labels mean something else.
+
+        Args:
+            model: The unwrapped model.
+            inputs: The micro-batch as the model got it, labels included.
+            outputs: What the forward pass returned.
+
+        Returns:
+            A `hf_sophia.trainer.heads.HeadOutput`; only whether targets are -100 matters.
+
+        Raises:
+            ValueError: The head is unknown, or labels or logits are missing.
+        """
+        return head_output(model, inputs, outputs)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Do the Trainer's own step; where the Hessian is due, estimate it on the same graph.
+
+        Args:
+            model: The wrapped model.
+            inputs: One micro-batch.
+            num_items_in_batch: The predictions of all micro-batches of this step.
+
+        Returns:
+            The training loss of this micro-batch, detached.
+
+        Raises:
+            RuntimeError: A `compute_loss` further up kept the logits from being seen.
+        """
+        optimizer = self._sophia
+        if optimizer is None or not optimizer.hessian_due:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._refresh is None:
+            self._refresh = HessianRefresh(
+                (p for group in optimizer.param_groups for p in group["params"]),
+                seed=self.args.seed,
+                step=self.state.global_step,
+                rank=self.args.process_index,
+            )
+        seen = self._refresh.micro_batches
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._refresh.micro_batches == seen:
+                raise RuntimeError(
+                    f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's, so the"
+                    " Hessian can't be refreshed: call super().compute_loss in the override, and"
+                    " put SophiaTrainerMixin first among the bases"
+                )
+            if self.accelerator.sync_gradients:
+                self._fold_in(optimizer, self._refresh)
+                self._refresh = None
+        except BaseException:
+            # A step that is tried again, with a smaller batch for instance, starts anew.
+            self._refresh = None
+            raise
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the Trainer's own loss; during a refresh also use the logits it came from.
+
+        Args:
+            model: The wrapped model.
+            inputs: One micro-batch.
+            return_outputs: Return the model's outputs too.
+            num_items_in_batch: The predictions of all micro-batches of this step.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
+        # Evaluation comes through here as well, without gradients.
+        if self._refresh is None or not torch.is_grad_enabled():
+            return super().compute_loss(
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
+        # Label smoothing and compute_loss_func take the labels out of the inputs.
+        kept = dict(inputs)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        head = self.sophia_head(unwrapped, kept, outputs)
+        if not self._head_checked:
+            self._check_head(unwrapped, head, kept, outputs, num_items_in_batch)
+        self._refresh.add(head, self._loss_scale())
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+
+    def _check_head(
+        self,
+        model: torch.nn.Module,
+        head: HeadOutput,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> None:
+        """Compare the true labels' loss through the adapter with the model's own, once.
+
+        A missing shift or a wrong set of counted labels shows here, before it spoils a run.
+        """
+        nll, count = mean_nll(head.logits, head.targets, likelihood=head.likelihood)
+        own = _own_loss(base_model(model), head, inputs, outputs)
+        if own is None:
+            self._head_checked = True
+            return
+        # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
+        tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 1e-2
+        own_mean, mean = own.item(), nll.item()
+        if (
+            outputs.get("loss") is not None
+            and num_items_in_batch is not None
+            and self.model_accepts_loss_kwargs
+        ):
+            # The model divided its sum by the predictions of the whole step.
+            own_mean *= float(num_items_in_batch) / max(int(count), 1)
+        if not (math.isfinite(mean) and math.isfinite(own_mean)):
+            return  # nothing to compare on this micro-batch
+        if abs(mean - own_mean) > tolerance * max(abs(own_mean), 1e-3):
+            raise RuntimeError(
+                f"the labels that Sophia-G counts for {type(base_model(model)).__name__} have a"
+                f" mean loss of {mean:.6g}, the model's own loss is {own_mean:.6g}: they are not"
+                " aligned with the logits, or the loss is not their likelihood. Override"
+                " sophia_head(self, model, inputs, outputs) in your Trainer"
+            )
+        self._head_checked = True
+
+    def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
+        """Give the optimizer the step's estimate, or leave this refresh out and say why."""
+        count = refresh.count
+        if count == 0:
+            self._warn_once(
+                "empty",
+                "no label of the batch of step %d counts (all are -100): its Hessian refresh is"
+                " left out",
+                self.state.global_step + 1,
+            )
+            optimizer.update_hessian({})
+            return
+        estimate = refresh.estimate()
+        if first_non_finite(list(estimate.values())) is not None:
+            self._warn_once(
+                "not finite",
+                "the Hessian estimate of step %d holds NaN or infinity and is discarded; the last"
+                " one stays in use",
+                self.state.global_step + 1,
+            )
+            optimizer.update_hessian({})
+            return
+        optimizer.update_hessian(estimate)
+        self._hessian_tokens = count
+
+    def _warn_once(self, cause: str, message: str, *values: Any) -> None:
+        if cause not in self._warned_causes:
+            self._warned_causes.add(cause)
+            logger.warning(message, *values)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the optimizer's metrics beside the training loss.
+
+        Args:
+            logs: The values to log; extended in place, as the Trainer does.
+            *args: Passed on.
+            **kwargs: Passed on.
+        """
+        optimizer = self._sophia
+        if optimizer is not None and "loss" in logs:
+            # One device sync for all of them.
+            values = torch.stack([optimizer.clip_fraction(), optimizer.hessian_norm()]).tolist()
+            logs["sophia/clip_fraction"], logs["sophia/hessian_norm"] = values
+            if self._hessian_tokens is not None:
+                logs["sophia/hessian_tokens"] = float(self._hessian_tokens)
+        super().log(logs, *args, **kwargs)
+
+
+def _own_loss(
+    model: torch.nn.Module,
+    head: HeadOutput,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+) -> torch.Tensor | None:
+    """Return the model's own loss of the true labels, or None where it has none."""
+    loss = outputs.get("loss")
+    if loss is not None:
+        auxiliary = outputs.get("aux_loss")
+        if auxiliary is not None:
+            return (loss - model.router_aux_loss_coef * auxiliary).detach()
+        return loss.detach()
+    labels = inputs.get("labels")
+    if labels is None or not isinstance(getattr(model, "loss_type", None), str):
+        return None
+    # The labels were taken from the forward pass, for label smoothing for instance.
+    with torch.no_grad():
+        return model.loss_function(
+            logits=head.logits, labels=labels, vocab_size=head.logits.shape[-1]
+        )
+
+
+class SophiaTrainer(SophiaTrainerMixin, Trainer):
+    """`transformers.Trainer` with the Hessian that `optim="sophia"` needs; same arguments.
+
+    Example:
+        ```python
+        from transformers import TrainingArguments
+        from hf_sophia import SophiaTrainer
+
+        args = TrainingArguments("out", optim="sophia", learning_rate=1e-3, optim_args="rho=0.5")
+        SophiaTrainer(model, args, train_dataset=dataset, data_collator=collator).train()
+        ```
+
+    References:
+        Liu et al., "Sophia", 2023, arXiv 2305.14342, Algorithm 3.
+    """

@@ -1,0 +1,53 @@
+"""Sophia as the Trainer builds it."""
+
+import logging
+from typing import Any
+
+from hf_sophia.optim import Sophia
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerSophia(Sophia):
+    """Sophia under a Trainer: no step without its Hessian, and the options asked for on resume.
+
+    A stock `Trainer` never refreshes the Hessian: what the bare optimizer warns of is an error here.
+    """
+
+    #: Options that a resumed run takes from its own arguments; lr belongs to the scheduler.
+    _asked_for = ("betas", "eps", "rho", "weight_decay", "k", "hessian_computation_type")
+
+    def _on_missed_refresh(self, due_step: int) -> None:
+        raise RuntimeError(
+            f"optim='sophia' reached step {self._next_step} without the Hessian refresh that was"
+            f" due at step {due_step}, and would go on as sign momentum. Train with"
+            " hf_sophia.SophiaTrainer instead of transformers.Trainer, or put"
+            " hf_sophia.SophiaTrainerMixin first among the bases of your Trainer"
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary but keep this run's options; log those that changed.
+
+        torch restores the saved options, so that `k=5` on the command line of a resumed run would
+        silently stay the checkpoint's `k=10`.
+
+        Raises:
+            ValueError: As in every optimizer here.
+        """
+        asked = [{name: group[name] for name in self._asked_for} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for index, (group, options) in enumerate(zip(self.param_groups, asked, strict=True)):
+            for name, value in options.items():
+                if _plain(group[name]) != _plain(value):
+                    logger.warning(
+                        "resuming with %s=%s in parameter group %d; the checkpoint had %s",
+                        name,
+                        value,
+                        index,
+                        group[name],
+                    )
+                group[name] = value
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

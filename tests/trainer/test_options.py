@@ -1,0 +1,128 @@
+"""`optim_args` and betas: what is asked for is what the optimizer gets, or an error."""
+
+import logging
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_sophia.trainer.options import OPTION_TABLES, constructor_options, parse_optim_args
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("sophia", None, {}),
+        ("sophia", "", {}),
+        ("sophia", "rho=0.05,k=10", {"rho": 0.05, "k": 10}),
+        ("sophia", " rho = 5e-2 , beta1=.9 ", {"rho": 0.05, "beta1": 0.9}),
+        (
+            "sophia",
+            "hessian_computation_type=hutchinson",
+            {"hessian_computation_type": "hutchinson"},
+        ),
+        ("adam", "optimized_update=False,eps=1e-8", {"optimized_update": False, "eps": 1e-8}),
+        (
+            "radam",
+            "amsgrad=true,degenerated_to_sgd=0",
+            {"amsgrad": True, "degenerated_to_sgd": False},
+        ),
+    ],
+)
+def test_options_are_typed(name, text, expected) -> None:
+    assert parse_optim_args(name, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sophia", "rho", "'rho' is not of the form option=value"),
+        ("sophia", "rho=", "'rho=' is not of the form"),
+        ("sophia", "rho=1=2", "'rho=1=2' is not of the form"),
+        ("sophia", "rho=1,", "'' is not of the form"),
+        ("sophia", "=1", "'=1' is not of the form"),
+        ("sophia", "gamma=1", "unknown option 'gamma'"),
+        ("sophia", "rho=0.1,rho=0.2", "'rho' is given twice"),
+        ("sophia", "rho=big", "rho must be a number, got 'big'"),
+        ("sophia", "k=2.5", "k must be an integer, got '2.5'"),
+        ("sophia", "amsgrad=true", "unknown option 'amsgrad'"),
+        ("sophia", "lr=1", "unknown option 'lr'; use --learning_rate"),
+        ("adam", "weight_decay=0.1", "unknown option 'weight_decay'; use --weight_decay"),
+        ("adam", "rho=1", "unknown option 'rho'"),
+        ("radam", "amsgrad=maybe", "amsgrad must be true or false, got 'maybe'"),
+    ],
+)
+def test_bad_options_are_errors_that_list_the_known_ones(name, text, message) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_optim_args(name, text)
+    assert message in str(caught.value)
+    for option in OPTION_TABLES[name].parsers:
+        assert option in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0.9, 0.95)),
+        ({"adam_beta2": 0.98}, (0.9, 0.98)),
+        ({"adam_beta1": 0.8, "optim_args": "beta1=0.7"}, (0.7, 0.95)),
+        ({"optim_args": "beta2=0.99"}, (0.9, 0.99)),
+        # Naming the default is not changing it.
+        ({"adam_beta1": 0.9, "adam_beta2": 0.999}, (0.9, 0.95)),
+    ],
+)
+def test_betas_of_adamw_do_not_leak_into_sophia(options, expected, tmp_path, caplog) -> None:
+    args = TrainingArguments(tmp_path, optim="sophia", **options)
+    with caplog.at_level(logging.INFO, "hf_sophia"):
+        assert constructor_options("sophia", args, (0.9, 0.95))["betas"] == expected
+    assert len(caplog.records) == 1
+    assert f"betas={expected}" in caplog.text
+
+
+def test_adam_epsilon_is_adams_but_not_sophias(tmp_path, caplog) -> None:
+    default = TrainingArguments(tmp_path)
+    assert "eps" not in constructor_options("adam", default, (0.9, 0.999))
+    changed = TrainingArguments(tmp_path, adam_epsilon=1e-6)
+    assert constructor_options("radam", changed, (0.9, 0.999))["eps"] == 1e-6
+    assert "eps" not in constructor_options("sophia", changed, (0.9, 0.95))
+    assert "--adam_epsilon 1e-06 is not used by sophia" in caplog.text
+    both = TrainingArguments(tmp_path, adam_epsilon=1e-6, optim_args="eps=1e-4")
+    assert constructor_options("adam", both, (0.9, 0.999))["eps"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("adam", "eps", "Options of sophia: .*; adam: .*; radam: "),
+        ("sophia", "rho=0.1,", "Options of sophia"),
+        ("radam", "rho=0.1", "unknown option 'rho'"),
+        ("sophia", "rho=-1", "rho must be a finite number > 0, got -1.0"),
+        ("sophia", "hessian_computation_type=exact", "'gnb', 'hutchinson', got 'exact'"),
+    ],
+)
+def test_the_stock_trainer_passes_the_errors_on(name, text, message, tiny_gpt2, tmp_path) -> None:
+    args = TrainingArguments(tmp_path, optim=name, optim_args=text, use_cpu=True)
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_gpt2(), args).create_optimizer()
+
+
+@pytest.mark.parametrize("name", OPTION_TABLES)
+def test_the_trainer_builds_the_optimizer_that_was_asked_for(name, tiny_gpt2, tmp_path) -> None:
+    args = TrainingArguments(
+        tmp_path,
+        optim=name,
+        learning_rate=3e-4,
+        weight_decay=0.1,
+        optim_args="beta1=0.8,eps=1e-9",
+        use_cpu=True,
+    )
+    optimizer = Trainer(tiny_gpt2(), args).create_optimizer()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert type(optimizer).__mro__[-1] is object
+    decayed, rest = optimizer.param_groups
+    for group in (decayed, rest):
+        assert group["lr"] == 3e-4
+        assert group["eps"] == 1e-9
+        assert group["betas"] == (0.8, {"sophia": 0.95}.get(name, 0.999))
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all(p.dim() < 2 for p in rest["params"])
