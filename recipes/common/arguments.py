@@ -1,0 +1,60 @@
+"""Command lines of the recipes: a YAML file gives the values, the command line overrides each."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_arguments(
+    types: Sequence[type], argv: Sequence[str] | None, default_config: Path
+) -> tuple[Any, ...]:
+    """Parse dataclasses from `--config FILE.yaml` and the command line.
+
+    Args:
+        types: The dataclasses to fill, `TrainingArguments` among them.
+        argv: The command line without the program's name; None: the process's own.
+        default_config: The YAML file that is read where `--config` is missing.
+
+    Returns:
+        One instance of each type, in order.
+
+    Raises:
+        SystemExit: A value or option is wrong; the message says which, as argparse does.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(types)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=default_config,
+        help="YAML file with a value for any option below; the command line wins over it",
+    )
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, default=default_config)
+    config = finder.parse_known_args(argv)[0].config
+    known = {field.name for cls in types for field in fields(cls) if field.init}
+    parser.set_defaults(**_read(parser, config, known))
+    namespace = parser.parse_args(argv)
+    return tuple(
+        cls(**{f.name: getattr(namespace, f.name) for f in fields(cls) if f.init}) for cls in types
+    )
+
+
+def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> dict[str, Any]:
+    if not config.is_file():
+        parser.error(f"--config {config}: no such file")
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"--config {config}: not YAML: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {config}: wanted 'option: value' lines, got {values!r}")
+    if unknown := sorted(map(str, values.keys() - known)):
+        parser.error(f"--config {config}: unknown options {', '.join(unknown)}")
+    return values

@@ -1,0 +1,40 @@
+"""A picture of a training run."""
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> Path | None:
+    """Draw training and evaluation loss over steps.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        path: The PNG to write.
+        title: Stands above the picture.
+
+    Returns:
+        The path, or None where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
+    for key, label, style in (
+        ("loss", "training", {"color": "#0072B2", "linewidth": 1.2}),
+        ("eval_loss", "validation", {"color": "#D55E00", "marker": "o", "markersize": 4}),
+    ):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,95 @@
+"""From documents to blocks of tokens: a byte-level BPE trained on the spot, then concatenation."""
+
+from collections.abc import Iterator
+
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+#: GPT-2's only special token: the end of a document.
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE as GPT-2 has it.
+
+    Args:
+        documents: Texts in a column `text`.
+        vocab_size: Tokens in all, the 256 bytes and the end of text included; at least 257.
+
+    Returns:
+        The tokenizer, with `<|endoftext|>` as its end of sequence.
+
+    Raises:
+        ValueError: `vocab_size` is too small.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be at least 257 (bytes and one end), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_batches(documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    )
+
+
+def _batches(documents: Dataset, size: int = 100) -> Iterator[list[str]]:
+    for start in range(0, len(documents), size):
+        yield documents[start : start + size]["text"]
+
+
+def make_blocks(
+    documents: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    validation_percent: float,
+) -> tuple[Dataset, Dataset]:
+    """Tokenize documents, join them with ends of text and cut them into blocks.
+
+    Args:
+        documents: Splits `train` and perhaps `validation`, with a column `text`.
+        tokenizer: Has an `eos_token`.
+        block_size: Tokens in a block; what does not fill the last one is dropped.
+        validation_percent: Share of blocks at the end of `train` to hold out where there is no
+            `validation`.
+
+    Returns:
+        Training and validation blocks, with columns `input_ids` and `labels`.
+
+    Raises:
+        ValueError: There is less than one block of training or validation text.
+    """
+    end = tokenizer.eos_token_id
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        # A document may be longer than any model's window; blocks are cut afterwards.
+        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [[*one, end] for one in ids]}
+
+    def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = [token for ids in batch["input_ids"] for token in ids]
+        starts = range(0, len(joined) - block_size + 1, block_size)
+        blocks = [joined[start : start + block_size] for start in starts]
+        return {"input_ids": blocks, "labels": blocks}
+
+    tokens = documents.map(tokenize, batched=True, remove_columns=["text"], desc="Tokenizing")
+    blocks = tokens.map(cut, batched=True, batch_size=1000, desc="Cutting into blocks")
+    train, validation = blocks["train"], blocks.get("validation")
+    if validation is None:
+        held_out = max(1, round(len(train) * validation_percent / 100))
+        cut_at = max(len(train) - held_out, 0)
+        train, validation = train.select(range(cut_at)), train.select(range(cut_at, len(train)))
+    for name, split in (("training", train), ("validation", validation)):
+        if len(split) == 0:
+            raise ValueError(
+                f"the {name} text is too short: less than one block of {block_size} tokens; give"
+                " more text or a smaller --block_size"
+            )
+    return train, validation
