@@ -4,8 +4,8 @@
     python recipes/pretrain_gpt2.py --learning_rate 2e-3 --optim_args "rho=1.0,k=10"
     python recipes/pretrain_gpt2.py --train_file my_text.txt --output_dir runs/my_text
 
-Text -> tokenizer -> blocks -> GPT-2 -> SophiaTrainer. Values come from a YAML file (`--config`), the
-command line overrides each; `--help` lists them all.
+Text -> tokenizer -> blocks -> GPT-2 -> SophiaTrainer. Values come from a YAML file (`--config`),
+the command line overrides each; `--help` lists them all.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.arguments import parse_arguments
+from common.arguments import one_line_errors, parse_arguments
 from common.corpus import CorpusArguments, load_corpus
 from common.evaluation import LanguageModelEvaluation
 from common.plots import plot_losses
@@ -65,15 +65,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     set_seed(args.seed)
 
-    corpus = load_corpus(corpus_args)
-    if model_args.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name)
-    else:
-        tokenizer = train_tokenizer(corpus.documents["train"], model_args.vocab_size)
-    train, validation = make_blocks(
-        corpus.documents, tokenizer, model_args.block_size, corpus_args.validation_percent
-    )
-    model = build_model(model_args, tokenizer)
+    with one_line_errors():
+        corpus = load_corpus(corpus_args)
+        if model_args.tokenizer_name:
+            tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name)
+        else:
+            tokenizer = train_tokenizer(corpus.documents["train"], model_args.vocab_size)
+        train, validation = make_blocks(
+            corpus.documents, tokenizer, model_args.block_size, corpus_args.validation_percent
+        )
+        model = build_model(model_args, tokenizer)
     print(
         f"{corpus.name} (sha256 {corpus.digest[:12]}): {len(train):,} blocks of"
         f" {model_args.block_size} tokens to train on, {len(validation):,} to evaluate on;"

@@ -150,7 +150,7 @@ def gauss_newton_bartlett(
             the logits; None: all count.
         likelihood: `"categorical"` (cross-entropy), `"bernoulli"` (binary cross-entropy) or
             `"gaussian"` (squared error, without a factor 1/2).
-        generator: Source of the labels' randomness, on the logits' device; None: torch's default.
+        generator: Source of the labels' randomness, on any device; None: torch's default.
         retain_graph: Keep the graph for the training loss's `backward()`.
 
     Returns:

@@ -24,7 +24,7 @@ class Likelihood:
     Args:
         per_row: One prediction per row of logits (shape (..., classes)); otherwise one per element.
         ignorable: A target of -100 says that a prediction does not count.
-        draw: Maps (shape, device, generator) of the predictions to the noise that labels come from.
+        draw: The noise that labels come from: `torch.rand` or `torch.randn`.
         residual: Maps rows of logits, in fp32 at least, and their noise to the gradient of the
             sampled labels' negative log-likelihood by the logits; same shape as the logits.
         nll: Maps rows of logits and of true targets to the summed negative log-likelihood, up to a
@@ -33,21 +33,9 @@ class Likelihood:
 
     per_row: bool
     ignorable: bool
-    draw: Callable[[torch.Size, torch.device, torch.Generator | None], torch.Tensor]
+    draw: Callable[..., torch.Tensor]
     residual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _draw_uniform(
-    shape: torch.Size, device: torch.device, generator: torch.Generator | None
-) -> torch.Tensor:
-    return torch.rand(shape, dtype=uniform_dtype(device), device=device, generator=generator)
-
-
-def _draw_normal(
-    shape: torch.Size, device: torch.device, generator: torch.Generator | None
-) -> torch.Tensor:
-    return torch.randn(shape, dtype=uniform_dtype(device), device=device, generator=generator)
 
 
 def _categorical_residual(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -84,9 +72,9 @@ def _gaussian_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 LIKELIHOODS = {
-    "categorical": Likelihood(True, True, _draw_uniform, _categorical_residual, _categorical_nll),
-    "bernoulli": Likelihood(False, True, _draw_uniform, _bernoulli_residual, _bernoulli_nll),
-    "gaussian": Likelihood(False, False, _draw_normal, _gaussian_residual, _gaussian_nll),
+    "categorical": Likelihood(True, True, torch.rand, _categorical_residual, _categorical_nll),
+    "bernoulli": Likelihood(False, True, torch.rand, _bernoulli_residual, _bernoulli_nll),
+    "gaussian": Likelihood(False, False, torch.randn, _gaussian_residual, _gaussian_nll),
 }
 
 #: Elements of logits that are worked on at a time: 16 MiB in fp32, so scratch space stays small.
@@ -160,7 +148,8 @@ def sampled_cotangent(
             `"gaussian"`.
         likelihood: `"categorical"` (cross-entropy), `"bernoulli"` (binary cross-entropy) or
             `"gaussian"` (squared error).
-        generator: Source of the labels' randomness, on the logits' device; None: torch's default.
+        generator: Source of the labels' randomness, on any device (one on the CPU draws the same
+            labels whatever the logits' device); None: torch's default of the logits' device.
         loss_scale: A factor on the result, as a gradient scaler wants it.
 
     Returns:
@@ -168,19 +157,15 @@ def sampled_cotangent(
         B, the number of predictions that count, as a zero-dimensional int64 tensor.
 
     Raises:
-        ValueError: The likelihood is unknown, a shape or dtype is wrong, or the generator lives on
-            another device.
+        ValueError: The likelihood is unknown, or a shape or dtype is wrong.
     """
     record, shape = _check(logits, targets, likelihood)
-    if generator is not None and generator.device.type != logits.device.type:
-        raise ValueError(
-            f"the generator lives on {generator.device}, the logits on {logits.device}; make it"
-            f" with torch.Generator({str(logits.device)!r})"
-        )
     counted = _counted(record, targets, logits.device)
     count = _count(counted, shape, logits.device)
     # All noise at once, so that labels do not depend on the size of a chunk.
-    noise = record.draw(shape, logits.device, generator)
+    source = logits.device if generator is None else generator.device
+    dtype = uniform_dtype(logits.device)
+    noise = record.draw(shape, dtype=dtype, device=source, generator=generator).to(logits.device)
     cotangent = torch.empty_like(logits, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     factor = loss_scale / count.clamp(min=1).to(dtype)

@@ -44,10 +44,20 @@ def causal_lm(inputs: Mapping[str, Any], logits: torch.Tensor) -> HeadOutput:
     return HeadOutput(logits, targets)
 
 
+_CAUSAL_LM = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
 #: Adapters by the model classes they serve.
-HEADS: tuple[tuple[Collection[str], Adapter], ...] = (
-    (frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()), causal_lm),
-)
+HEADS: tuple[tuple[Collection[str], Adapter], ...] = ((_CAUSAL_LM, causal_lm),)
+
+
+def _serves(names: Collection[str], model: torch.nn.Module) -> bool:
+    """Whether the model's class, or one it inherits from, is among the names."""
+    return any(cls.__name__ in names for cls in type(model).__mro__)
+
+
+def is_causal_lm(model: torch.nn.Module) -> bool:
+    """Return whether transformers knows the model's class as a causal language model."""
+    return _serves(_CAUSAL_LM, model)
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -78,8 +88,7 @@ def head_output(
     """
     model = base_model(model)
     name = type(model).__name__
-    classes = {cls.__name__ for cls in type(model).__mro__}
-    adapter = next((adapter for names, adapter in HEADS if not classes.isdisjoint(names)), None)
+    adapter = next((adapter for names, adapter in HEADS if _serves(names, model)), None)
     if adapter is None:
         raise ValueError(
             f"SophiaTrainer does not know the head of {name}: override"

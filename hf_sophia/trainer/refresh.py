@@ -9,28 +9,26 @@ from hf_sophia.estimators import GaussNewtonBartlett
 from hf_sophia.trainer.heads import HeadOutput
 
 
-def label_noise(
-    seed: int, step: int, rank: int, micro_batch: int, device: torch.device
-) -> torch.Generator:
+def label_noise(seed: int, step: int, rank: int, micro_batch: int) -> torch.Generator:
     """Return the generator of one micro-batch's label noise.
 
     Its seed is a hash of where the micro-batch stands in the run. So nothing has to be saved for an
     exact resume, the data and dropout streams are those of a run with another optimizer, and no two
-    ranks share noise, which would bias the estimate.
+    ranks share noise, which would bias the estimate. It draws on the CPU, so that a run on another
+    device samples the same labels.
 
     Args:
         seed: The run's seed.
         step: The optimizer steps taken before this one.
         rank: The process's index.
         micro_batch: The micro-batch's index within the step.
-        device: Where the logits live.
 
     Returns:
-        A seeded generator on `device`.
+        A seeded generator on the CPU.
     """
     place = f"{seed},{step},{rank},{micro_batch}".encode()
     digest = int.from_bytes(blake2b(place, digest_size=8).digest(), "little")
-    return torch.Generator(device).manual_seed(digest >> 1)
+    return torch.Generator().manual_seed(digest >> 1)
 
 
 class HessianRefresh:
@@ -55,9 +53,7 @@ class HessianRefresh:
             ValueError: Logits and targets do not fit.
             RuntimeError: The graph does not allow a pass of its own.
         """
-        generator = label_noise(
-            self._seed, self._step, self._rank, self.micro_batches, head.logits.device
-        )
+        generator = label_noise(self._seed, self._step, self._rank, self.micro_batches)
         try:
             self._estimator.add(
                 head.logits,

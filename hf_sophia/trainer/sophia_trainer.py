@@ -13,7 +13,7 @@ from transformers.trainer import Trainer
 from hf_sophia.estimators import mean_nll
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.base import first_non_finite
-from hf_sophia.trainer.heads import HeadOutput, base_model, head_output
+from hf_sophia.trainer.heads import HeadOutput, base_model, head_output, is_causal_lm
 from hf_sophia.trainer.refresh import HessianRefresh
 
 logger = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def _own_loss(
             return (loss - model.router_aux_loss_coef * auxiliary).detach()
         return loss.detach()
     labels = inputs.get("labels")
-    if labels is None or not isinstance(getattr(model, "loss_type", None), str):
+    if labels is None or not is_causal_lm(model):
         return None
     # The labels were taken from the forward pass, for label smoothing for instance.
     with torch.no_grad():

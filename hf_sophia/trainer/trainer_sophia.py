@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 class TrainerSophia(Sophia):
     """Sophia under a Trainer: no step without its Hessian, and the options asked for on resume.
 
-    A stock `Trainer` never refreshes the Hessian: what the bare optimizer warns of is an error here.
+    A stock `Trainer` never refreshes the Hessian, so what the bare optimizer warns of is an error.
     """
 
     #: Options that a resumed run takes from its own arguments; lr belongs to the scheduler.

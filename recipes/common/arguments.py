@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def parse_arguments(
     return tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in fields(cls) if f.init}) for cls in types
     )
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with the message alone when what the user gave can't be used.
+
+    Put it around the reading of input only: elsewhere a traceback is worth having.
+
+    Raises:
+        SystemExit: A `ValueError` or `OSError` came up inside.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> dict[str, Any]:

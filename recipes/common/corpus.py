@@ -58,7 +58,7 @@ class Corpus:
     """Documents and what they are.
 
     Args:
-        documents: Splits `train` and, where there is one, `validation`, each with one column `text`.
+        documents: Splits `train` and perhaps `validation`, each with one column `text`.
         name: What to call it.
         digest: A hash of the content, to tell one corpus from another.
         licence: The text's licence, where it is known.

@@ -1,8 +1,8 @@
 """A corpus that every machine has: the source of Python's own standard library.
 
-About 12 MB of code and English documentation. Whole top-level packages go to one split, decided by a
-hash of the package's name, so that no file's neighbours leak into the validation text; exact and near
-duplicates are removed.
+About 10 MB of code and English documentation. Whole top-level packages go to one split, decided by
+a hash of the package's name, so that no file's neighbours leak into the validation text; exact and
+near duplicates are removed.
 """
 
 import json

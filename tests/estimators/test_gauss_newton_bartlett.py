@@ -243,9 +243,7 @@ def test_bad_input_is_named() -> None:
     logits = model(x)
     with pytest.raises(ValueError, match="'categorical', 'bernoulli', 'gaussian', got 'poisson'"):
         gauss_newton_bartlett(logits, params, likelihood="poisson")
-    with pytest.raises(
-        ValueError, match=r"shape \(6,\) for\s+logits of shape \(6, 5\), got.*\(5,\)"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(6,\) for logits.*, got.*\(5,\)"):
         gauss_newton_bartlett(logits, params, targets=torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match="logits must be a floating-point tensor"):
         gauss_newton_bartlett([1.0], params)

@@ -1,0 +1,287 @@
+"""The parts of the recipes: arguments, corpus, tokenizer and blocks, metric, picture."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from common import standard_library
+from common.arguments import parse_arguments
+from common.corpus import CorpusArguments, load_corpus
+from common.evaluation import LanguageModelEvaluation
+from common.plots import plot_losses
+from common.tokenization import END_OF_TEXT, make_blocks, train_tokenizer
+from datasets import Dataset, DatasetDict
+from transformers import EvalPrediction
+
+from hf_sophia.metrics import metric_path
+
+TEXTS = [f"Text number {i}: naïve café, tabs\tand\nnew lines {i * i}." for i in range(50)]
+
+
+# Arguments
+
+
+@dataclass
+class Options:
+    rate: float = field(default=1.0)
+    steps: int = field(default=5)
+    name: str | None = field(default=None)
+    flag: bool = field(default=False)
+
+
+def parse(tmp_path: Path, config: str, *argv: str) -> Options:
+    path = tmp_path / "config.yaml"
+    path.write_text(config)
+    (options,) = parse_arguments((Options,), ["--config", str(path), *argv], Path("missing"))
+    return options
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path) -> None:
+    options = parse(tmp_path, "rate: 1e-3\nname: file\nflag: true\n", "--name", "line")
+    assert options == Options(rate=1e-3, steps=5, name="line", flag=True)
+    assert parse(tmp_path, "") == Options()
+    default = tmp_path / "config.yaml"
+    default.write_text("steps: 7\n")
+    assert parse_arguments((Options,), [], default) == (Options(steps=7),)
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "message"),
+    [
+        ("stepps: 3\n", [], "unknown options stepps"),
+        ("steps: [1\n", [], "not YAML"),
+        ("- steps\n", [], "wanted 'option: value' lines"),
+        ("rate: fast\n", [], "invalid float value: 'fast'"),
+        ("", ["--stepps", "3"], "--stepps"),
+        ("", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+)
+def test_wrong_configurations_are_named(config, argv, message, tmp_path, capsys) -> None:
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        parse(tmp_path, config, *argv)
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
+# The embedded corpus
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> dict[str, list[dict]]:
+    paths = standard_library.write_standard_library(tmp_path_factory.mktemp("corpus"))
+    return {
+        split: [json.loads(line) for line in path.read_text().splitlines()]
+        for split, path in paths.items()
+    }
+
+
+def test_the_standard_library_is_split_by_package_without_overlap(library) -> None:
+    packages = {
+        split: {row["path"].split("/")[0].removesuffix(".py") for row in rows}
+        for split, rows in library.items()
+    }
+    assert not packages["train"] & packages["validation"]
+    sizes = {split: sum(len(row["text"]) for row in rows) for split, rows in library.items()}
+    assert sizes["train"] > 5e6
+    assert 1e5 < sizes["validation"] < 0.15 * sizes["train"]
+    texts = [row["text"] for rows in library.values() for row in rows]
+    assert len(set(texts)) == len(texts)
+
+    def shingles(rows):
+        for row in rows:
+            words = row["text"].split()
+            yield from (" ".join(words[i : i + 8]) for i in range(len(words) - 7))
+
+    held_out = set(shingles(library["validation"]))
+    shared = held_out & set(shingles(library["train"]))
+    assert len(shared) < 0.02 * len(held_out)
+
+
+def test_the_files_are_only_written_when_their_content_changes(tmp_path, monkeypatch) -> None:
+    documents = {"train": {"a.py": "x"}, "validation": {"b.py": "y"}}
+    monkeypatch.setattr(standard_library, "_splits", lambda: documents)
+    paths = standard_library.write_standard_library(tmp_path)
+    times = {split: path.stat().st_mtime_ns for split, path in paths.items()}
+    standard_library.write_standard_library(tmp_path)
+    assert {split: path.stat().st_mtime_ns for split, path in paths.items()} == times
+    documents["train"]["a.py"] = "changed"
+    standard_library.write_standard_library(tmp_path)
+    assert paths["train"].stat().st_mtime_ns != times["train"]
+    assert paths["validation"].stat().st_mtime_ns == times["validation"]
+
+
+# Files and data sets
+
+
+def write(path: Path, texts: list[str], column: str = "text") -> str:
+    if path.suffix == ".parquet":
+        Dataset.from_dict({column: texts}).to_parquet(path)
+    elif path.suffix == ".txt":
+        path.write_text("\n".join(texts), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps({column: t}) + "\n" for t in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_local_files_load(suffix, tmp_path) -> None:
+    train = write(tmp_path / f"train{suffix}", [*TEXTS, "", "  \n"], "body")
+    held_out = write(tmp_path / f"held_out{suffix}", TEXTS[:3], "body")
+    arguments = CorpusArguments(train_file=train, validation_file=held_out, text_column="body")
+    corpus = load_corpus(arguments)
+    assert corpus.documents["train"]["text"] == TEXTS
+    assert corpus.documents["validation"]["text"] == TEXTS[:3]
+    assert corpus.documents["train"].column_names == ["text"]
+    assert load_corpus(arguments).digest == corpus.digest
+    write(Path(held_out), TEXTS[:4], "body")
+    assert load_corpus(arguments).digest != corpus.digest
+
+
+def test_a_text_file_is_one_document(tmp_path) -> None:
+    file = write(tmp_path / "book.txt", TEXTS)
+    corpus = load_corpus(CorpusArguments(train_file=file))
+    assert [text.strip() for text in corpus.documents["train"]["text"]] == ["\n".join(TEXTS)]
+
+
+def test_a_data_set_folder_loads_by_name(tmp_path) -> None:
+    write(tmp_path / "train.jsonl", TEXTS)
+    write(tmp_path / "validation.jsonl", TEXTS[:5])
+    corpus = load_corpus(CorpusArguments(dataset_name=str(tmp_path)))
+    assert {split: len(rows) for split, rows in corpus.documents.items()} == {
+        "train": 50,
+        "validation": 5,
+    }
+    assert corpus.digest
+
+
+def test_bad_corpora_are_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="'nowhere.txt' does not exist"):
+        load_corpus(CorpusArguments(train_file="nowhere.txt"))
+    strange = tmp_path / "data.docx"
+    strange.write_text("x")
+    with pytest.raises(ValueError, match="unknown kind '.docx'; known: .txt, .json"):
+        load_corpus(CorpusArguments(train_file=str(strange)))
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"empty.txt' is empty"):
+        load_corpus(CorpusArguments(train_file=str(empty)))
+    blank = write(tmp_path / "blank.jsonl", ["", " \n"])
+    with pytest.raises(ValueError, match="holds no text: every document is blank"):
+        load_corpus(CorpusArguments(train_file=blank))
+    other = write(tmp_path / "other.jsonl", TEXTS, "body")
+    with pytest.raises(ValueError, match=r"no column 'text', only \['body'\].*--text_column"):
+        load_corpus(CorpusArguments(train_file=other))
+    with pytest.raises(ValueError, match="choose one"):
+        CorpusArguments(train_file="a.txt", dataset_name="b")
+    with pytest.raises(ValueError, match="validation_file needs train_file"):
+        CorpusArguments(validation_file="a.txt")
+    with pytest.raises(ValueError, match="got 100"):
+        CorpusArguments(validation_percent=100)
+    good = write(tmp_path / "good.parquet", TEXTS)
+    with pytest.raises(ValueError, match=r"different kinds: \['json', 'parquet'\]"):
+        load_corpus(CorpusArguments(train_file=good, validation_file=blank))
+
+
+# Tokens and blocks
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(Dataset.from_dict({"text": TEXTS}), vocab_size=300)
+
+
+def test_the_tokenizer_is_byte_level_and_lossless(tokenizer, tmp_path) -> None:
+    assert len(tokenizer) == 300
+    for text in (*TEXTS, "日本語 🙂 \x00 unseen"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
+    with pytest.raises(ValueError, match="at least 257.*got 100"):
+        train_tokenizer(Dataset.from_dict({"text": TEXTS}), vocab_size=100)
+
+
+def test_blocks_are_the_joined_documents(tokenizer) -> None:
+    documents = DatasetDict(
+        train=Dataset.from_dict({"text": TEXTS}), validation=Dataset.from_dict({"text": TEXTS[:9]})
+    )
+    train, validation = make_blocks(documents, tokenizer, 16, validation_percent=5)
+    for blocks, texts in ((train, TEXTS), (validation, TEXTS[:9])):
+        assert blocks["labels"] == blocks["input_ids"]
+        joined = tokenizer.decode([token for block in blocks["input_ids"] for token in block])
+        whole = "".join(text + END_OF_TEXT for text in texts)
+        assert whole.startswith(joined)
+        assert len(tokenizer(whole[len(joined) :])["input_ids"]) < 16
+
+
+def test_without_a_validation_split_the_last_blocks_are_held_out(tokenizer) -> None:
+    documents = DatasetDict(train=Dataset.from_dict({"text": TEXTS}))
+    whole, _ = make_blocks(
+        DatasetDict(train=documents["train"], validation=documents["train"]), tokenizer, 16, 5
+    )
+    train, validation = make_blocks(documents, tokenizer, 16, validation_percent=20)
+    assert [*train["input_ids"], *validation["input_ids"]] == list(whole["input_ids"])
+    assert len(validation) == pytest.approx(0.2 * len(whole), abs=1)
+
+
+def test_too_little_text_is_named(tokenizer) -> None:
+    short = Dataset.from_dict({"text": ["word"]})
+    with pytest.raises(ValueError, match="training text is too short.*block of 64.*block_size"):
+        make_blocks(DatasetDict(train=short), tokenizer, 64, 5)
+    documents = DatasetDict(train=Dataset.from_dict({"text": TEXTS}), validation=short)
+    with pytest.raises(ValueError, match="validation text is too short"):
+        make_blocks(documents, tokenizer, 64, 5)
+
+
+# Metric and picture
+
+
+def test_the_metric_is_the_one_made_by_hand(tokenizer) -> None:
+    evaluation = LanguageModelEvaluation(tokenizer)
+    texts = TEXTS[:6]
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    length = max(map(len, ids))
+    labels = torch.full((6, length), -100)
+    for row, tokens in zip(labels, ids, strict=True):
+        row[: len(tokens)] = tokens
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(6, length, len(tokenizer))
+    sums = evaluation.preprocess_logits_for_metrics((logits, "past"), labels)
+    metrics = evaluation.compute_metrics(EvalPrediction(sums.numpy(), labels.numpy()))
+
+    nll, correct, count, size = 0.0, 0, 0, 0
+    for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+        for position in range(1, len(tokens)):
+            scores = logits[index, position - 1].double().log_softmax(0)
+            nll -= scores[tokens[position]].item()
+            correct += int(scores.argmax() == tokens[position])
+            count += 1
+        size += len(text.encode()) - len(tokenizer.decode(tokens[:1]).encode())
+    assert metrics["loss"] == pytest.approx(nll / count, rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert metrics["accuracy"] == correct / count
+    assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
+
+
+def test_the_metric_module_loads_by_path_and_checks_its_input() -> None:
+    metric = evaluate.load(metric_path("language_modeling"))
+    assert metric.compute(nll=[800.0], correct=[1], tokens=[1], bytes=[2])["perplexity"] == math.inf
+    with pytest.raises(ValueError, match="no token counts"):
+        metric.compute(nll=[0.0], correct=[0], tokens=[0], bytes=[0])
+    with pytest.raises(ValueError, match="unknown metric 'bleu'; known: language_modeling"):
+        metric_path("bleu")
+
+
+def test_the_picture_shows_both_losses(tmp_path) -> None:
+    history = [{"step": s, "loss": 5 / s} for s in range(1, 9)] + [{"step": 8, "eval_loss": 0.7}]
+    path = plot_losses(history, tmp_path / "loss.png", "title")
+    from matplotlib.image import imread
+
+    pixels = imread(path)
+    assert pixels.shape[0] > 400
+    colours = {tuple(np.round(c * 255).astype(int)) for c in pixels[..., :3].reshape(-1, 3)}
+    assert {(0, 114, 178), (213, 94, 0)} <= colours
