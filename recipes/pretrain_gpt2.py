@@ -1,7 +1,7 @@
 """Pretrain a GPT-2 from scratch with Sophia-G.
 
     python recipes/pretrain_gpt2.py
-    python recipes/pretrain_gpt2.py --learning_rate 2e-3 --optim_args "rho=1.0,k=10"
+    python recipes/pretrain_gpt2.py --learning_rate 2e-3 --optim_args "rho=0.05,k=10"
     python recipes/pretrain_gpt2.py --train_file my_text.txt --output_dir runs/my_text
 
 Text -> tokenizer -> blocks -> GPT-2 -> SophiaTrainer. Values come from a YAML file (`--config`),
@@ -10,6 +10,7 @@ the command line overrides each; `--help` lists them all.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -146,9 +147,10 @@ def report(metrics: dict[str, float], output: Path, picture: Path | None) -> Non
     print(f"model         {output}")
     print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
     print(
-        "try next      the same with AdamW, and compare the losses:\n"
-        f"              {sys.executable} {Path(__file__)} --optim adamw_torch_fused"
-        " --optim_args= --learning_rate 3e-3 --output_dir runs/gpt2_small_adamw"
+        "try next      the same with AdamW, to compare:\n"
+        f"              {os.path.relpath(sys.executable)} {os.path.relpath(__file__)}"
+        " --optim adamw_torch_fused --optim_args= --learning_rate 3e-3 --adam_beta2 0.95"
+        " --output_dir runs/gpt2_small_adamw"
     )
 
 

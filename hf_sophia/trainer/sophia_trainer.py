@@ -1,7 +1,6 @@
 """The Trainer that refreshes Sophia's Hessian: a mixin for any Trainer, and the plain one."""
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from transformers.trainer import Trainer
 
-from hf_sophia.estimators import mean_nll
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.base import first_non_finite
-from hf_sophia.trainer.heads import HeadOutput, base_model, head_output, is_causal_lm
+from hf_sophia.trainer.alignment import labels_are_aligned
+from hf_sophia.trainer.heads import HeadOutput, head_output
 from hf_sophia.trainer.refresh import HessianRefresh
 
 logger = logging.getLogger(__name__)
@@ -186,51 +185,14 @@ class SophiaTrainerMixin:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self.sophia_head(unwrapped, kept, outputs)
         if not self._head_checked:
-            self._check_head(unwrapped, head, kept, outputs, num_items_in_batch)
+            divisor = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            self._head_checked = labels_are_aligned(unwrapped, head, kept, outputs, divisor)
         self._refresh.add(head, self._loss_scale())
         return (loss, outputs) if return_outputs else loss
 
     def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler
         return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-
-    def _check_head(
-        self,
-        model: torch.nn.Module,
-        head: HeadOutput,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Any],
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> None:
-        """Compare the true labels' loss through the adapter with the model's own, once.
-
-        A missing shift or a wrong set of counted labels shows here, before it spoils a run.
-        """
-        nll, count = mean_nll(head.logits, head.targets, likelihood=head.likelihood)
-        own = _own_loss(base_model(model), head, inputs, outputs)
-        if own is None:
-            self._head_checked = True
-            return
-        # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
-        tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 1e-2
-        own_mean, mean = own.item(), nll.item()
-        if (
-            outputs.get("loss") is not None
-            and num_items_in_batch is not None
-            and self.model_accepts_loss_kwargs
-        ):
-            # The model divided its sum by the predictions of the whole step.
-            own_mean *= float(num_items_in_batch) / max(int(count), 1)
-        if not (math.isfinite(mean) and math.isfinite(own_mean)):
-            return  # nothing to compare on this micro-batch
-        if abs(mean - own_mean) > tolerance * max(abs(own_mean), 1e-3):
-            raise RuntimeError(
-                f"the labels that Sophia-G counts for {type(base_model(model)).__name__} have a"
-                f" mean loss of {mean:.6g}, the model's own loss is {own_mean:.6g}: they are not"
-                " aligned with the logits, or the loss is not their likelihood. Override"
-                " sophia_head(self, model, inputs, outputs) in your Trainer"
-            )
-        self._head_checked = True
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
         """Give the optimizer the step's estimate, or leave this refresh out and say why."""
@@ -278,29 +240,6 @@ class SophiaTrainerMixin:
             if self._hessian_tokens is not None:
                 logs["sophia/hessian_tokens"] = float(self._hessian_tokens)
         super().log(logs, *args, **kwargs)
-
-
-def _own_loss(
-    model: torch.nn.Module,
-    head: HeadOutput,
-    inputs: Mapping[str, Any],
-    outputs: Mapping[str, Any],
-) -> torch.Tensor | None:
-    """Return the model's own loss of the true labels, or None where it has none."""
-    loss = outputs.get("loss")
-    if loss is not None:
-        auxiliary = outputs.get("aux_loss")
-        if auxiliary is not None:
-            return (loss - model.router_aux_loss_coef * auxiliary).detach()
-        return loss.detach()
-    labels = inputs.get("labels")
-    if labels is None or not is_causal_lm(model):
-        return None
-    # The labels were taken from the forward pass, for label smoothing for instance.
-    with torch.no_grad():
-        return model.loss_function(
-            logits=head.logits, labels=labels, vocab_size=head.logits.shape[-1]
-        )
 
 
 class SophiaTrainer(SophiaTrainerMixin, Trainer):

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_sophia import Sophia, SophiaTrainer, SophiaTrainerMixin
 from hf_sophia.trainer.heads import HeadOutput
@@ -464,3 +470,27 @@ def test_label_noise_differs_by_place_and_repeats_at_the_same_place() -> None:
     places = [(s, t, r, m) for s in (0, 1) for t in (0, 1, 10) for r in (0, 1) for m in (0, 1)]
     assert len({first(*place) for place in places}) == len(places)
     assert first(42, 7, 0, 1) == first(42, 7, 0, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_other_causal_models_and_auxiliary_losses(family, tmp_path) -> None:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        **({"output_router_logits": True, "num_local_experts": 2} if family == "mixtral" else {}),
+    )
+    if family == "mixtral":
+        config.router_aux_loss_coef = 10.0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    trainer = run(model, tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    assert all(h.max() > 0.0 for h in hessians_of(trainer))
+    assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 88
