@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         output / "loss.png",
         f"GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {args.optim.value}, {corpus.name}",
     )
-    report(metrics, output, picture)
+    report(metrics, output, picture, args.optim.value)
     return metrics
 
 
@@ -136,7 +136,7 @@ def build_model(model_args: ModelArguments, tokenizer: object) -> GPT2LMHeadMode
     return GPT2LMHeadModel(config)
 
 
-def report(metrics: dict[str, float], output: Path, picture: Path | None) -> None:
+def report(metrics: dict[str, float], output: Path, picture: Path | None, optim: str) -> None:
     """Print what came out, where it lies and what to try next."""
     print(
         f"\nevaluation loss {metrics['eval_loss']:.4f} nats per token"
@@ -146,12 +146,16 @@ def report(metrics: dict[str, float], output: Path, picture: Path | None) -> Non
     )
     print(f"model         {output}")
     print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
-    print(
-        "try next      the same with AdamW, to compare:\n"
-        f"              {os.path.relpath(sys.executable)} {os.path.relpath(__file__)}"
-        " --optim adamw_torch_fused --optim_args= --learning_rate 3e-3 --adam_beta2 0.95"
-        " --output_dir runs/gpt2_small_adamw"
-    )
+    command = f"{os.path.relpath(sys.executable)} {os.path.relpath(__file__)}"
+    if optim == "sophia":
+        print("try next      AdamW on the same text, to compare:")
+        command += (
+            " --optim adamw_torch_fused --optim_args= --learning_rate 3e-3 --adam_beta2 0.95"
+            " --output_dir runs/gpt2_small_adamw"
+        )
+    else:
+        print("try next      Sophia on the same text, to compare:")
+    print(f"              {command}")
 
 
 if __name__ == "__main__":
