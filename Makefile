@@ -1,4 +1,5 @@
-# `make help` lists the targets. Everything lives in $(VENV); nothing outside this folder changes.
+# `make help` lists the targets. Packages go to $(VENV), runs to runs/; the `datasets` library keeps
+# its own cache of prepared text in HF_HOME (~/.cache/huggingface).
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test,plots

@@ -11,6 +11,7 @@ the command line overrides each; `--help` lists them all.
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_sophia
 
@@ -49,6 +51,16 @@ class ModelArguments:
         default=None, metadata={"help": "Use this tokenizer instead of training one"}
     )
 
+    def __post_init__(self) -> None:
+        """Check the shape."""
+        for name, least in (("n_layer", 1), ("n_head", 1), ("n_embd", 1), ("block_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics.
@@ -65,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         (ModelArguments, CorpusArguments, TrainingArguments), argv, CONFIG
     )
     set_seed(args.seed)
+    argv = sys.argv[1:] if argv is None else argv
 
     with one_line_errors():
+        check_length(args, argv)
+        resume = checkpoint_of(args)
         corpus = load_corpus(corpus_args)
         if model_args.tokenizer_name:
             tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name)
@@ -92,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         **evaluation.hooks(),
     )
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=resume if resume != "last" else True)
+    with one_line_errors():
+        trainer.create_optimizer()  # its options are checked here
+    trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
@@ -105,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         output / "loss.png",
         f"GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {args.optim.value}, {corpus.name}",
     )
-    report(metrics, output, picture, args.optim.value)
+    report(metrics, output, picture)
+    print(f"try next      {next_command(args, argv)}")
     return metrics
 
 
@@ -131,31 +148,68 @@ def build_model(model_args: ModelArguments, tokenizer: object) -> GPT2LMHeadMode
         attn_pdrop=dropout,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        loss_type="ForCausalLM",
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # transformers derives it from class names, misses GPT-2's and would count one label too many.
+    model.loss_type = "ForCausalLM"
+    return model
 
 
-def report(metrics: dict[str, float], output: Path, picture: Path | None, optim: str) -> None:
-    """Print what came out, where it lies and what to try next."""
+def check_length(args: TrainingArguments, argv: Sequence[str]) -> None:
+    """Refuse epochs that max_steps would silently overrule.
+
+    Raises:
+        ValueError: Both are in force.
+    """
+    named = {piece.split("=")[0] for piece in argv}
+    if "--num_train_epochs" in named and args.max_steps > 0:
+        raise ValueError(
+            f"max_steps={args.max_steps} wins over --num_train_epochs; add --max_steps -1"
+        )
+
+
+def checkpoint_of(args: TrainingArguments) -> str | None:
+    """Return the checkpoint to resume from: a path, or for `last` the newest one.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted == "last":
+        exists = Path(args.output_dir).is_dir()
+        newest = get_last_checkpoint(args.output_dir) if exists else None
+        if newest is None:
+            raise FileNotFoundError(f"there is no checkpoint in {args.output_dir!r} to resume from")
+        return newest
+    if wanted is not None and not Path(wanted).is_dir():
+        raise FileNotFoundError(f"checkpoint {wanted!r} does not exist")
+    return wanted
+
+
+def report(metrics: dict[str, float], output: Path, picture: Path | None) -> None:
+    """Print what came out and where it lies."""
+    bits = metrics.get("eval_bits_per_byte")
     print(
         f"\nevaluation loss {metrics['eval_loss']:.4f} nats per token"
         f" (perplexity {metrics['eval_perplexity']:.1f},"
-        f" {metrics['eval_bits_per_byte']:.3f} bits per byte,"
-        f" {metrics['eval_accuracy']:.1%} of tokens right)"
+        + (f" {bits:.3f} bits per byte," if bits is not None else "")
+        + f" {metrics['eval_accuracy']:.1%} of tokens right)"
     )
     print(f"model         {output}")
     print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
-    command = f"{os.path.relpath(sys.executable)} {os.path.relpath(__file__)}"
-    if optim == "sophia":
-        print("try next      AdamW on the same text, to compare:")
-        command += (
-            " --optim adamw_torch_fused --optim_args= --learning_rate 3e-3 --adam_beta2 0.95"
-            " --output_dir runs/gpt2_small_adamw"
-        )
+
+
+def next_command(args: TrainingArguments, argv: Sequence[str]) -> str:
+    """Return the command that runs the same with the other optimizer, to compare."""
+    program = [os.path.relpath(sys.executable), os.path.relpath(__file__)]
+    folder = args.output_dir.rstrip("/")
+    if args.optim == "sophia":
+        other = ["--optim", "adamw_torch_fused", "--optim_args=", "--learning_rate", "3e-3"]
+        other += ["--adam_beta2", "0.95", "--output_dir", f"{folder}_adamw"]
     else:
-        print("try next      Sophia on the same text, to compare:")
-    print(f"              {command}")
+        other = ["--optim", "sophia", "--optim_args", "rho=0.1,k=10", "--learning_rate", "1e-3"]
+        other += ["--output_dir", f"{folder}_sophia"]
+    return shlex.join([*program, *argv, *other])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,17 @@
 """Fixtures of all tests: tiny models from configs, no network but loopback."""
 
+import atexit
 import ipaddress
+import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
+
+# Read when the libraries are imported: a cache of the tests' own, and no look at the Hub.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_sophia_tests_")
+os.environ["HF_HUB_OFFLINE"] = "1"
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch
@@ -35,7 +44,6 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture
@@ -55,7 +63,6 @@ def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
             "attn_pdrop": 0.0,
             "bos_token_id": 0,
             "eos_token_id": 0,
-            "loss_type": "ForCausalLM",
         }
         return GPT2LMHeadModel(GPT2Config(**{**options, **overrides}))
 

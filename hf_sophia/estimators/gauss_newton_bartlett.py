@@ -11,7 +11,7 @@ class GaussNewtonBartlett:
     """Accumulates the estimate over groups of predictions: micro-batches, for instance.
 
     With `L_r` the mean loss of group r's sampled labels, `B_r` the number of its predictions and
-    `G_r = B_r grad L_r` the gradient of the summed loss,
+    `G_r = B_r grad L_r` the gradient of the summed loss, which is what is computed,
 
     ```
     hhat = sum_r G_r^2 / sum_r B_r
@@ -46,7 +46,6 @@ class GaussNewtonBartlett:
         likelihood: str = "categorical",
         generator: torch.Generator | None = None,
         retain_graph: bool = False,
-        loss_scale: float = 1.0,
     ) -> None:
         """Sample labels for one group, differentiate their loss and add its square.
 
@@ -58,13 +57,13 @@ class GaussNewtonBartlett:
             likelihood: `"categorical"`, `"bernoulli"` or `"gaussian"`.
             generator: Source of the labels' randomness.
             retain_graph: Keep the graph for a later backward pass through it.
-            loss_scale: Factor on the loss during the backward pass, to keep fp16 gradients in
-                range; it leaves the estimate as it is.
 
         Raises:
             ValueError: The logits carry no graph, or an argument is wrong.
             RuntimeError: The graph was freed by an earlier backward pass.
         """
+        if not self._params:
+            raise ValueError("params holds no parameter that requires a gradient")
         differentiable = isinstance(logits, torch.Tensor) and logits.is_floating_point()
         if differentiable and not logits.requires_grad:
             raise ValueError(
@@ -72,7 +71,7 @@ class GaussNewtonBartlett:
                 " them as the model returned them, not detached"
             )
         cotangent, count = sampled_cotangent(
-            logits, targets, likelihood=likelihood, generator=generator, loss_scale=loss_scale
+            logits, targets, likelihood=likelihood, generator=generator
         )
         try:
             grads = torch.autograd.grad(
@@ -93,15 +92,14 @@ class GaussNewtonBartlett:
             self._count = count if self._count is None else self._count + count
             for param, grad in zip(self._params, grads, strict=True):
                 if grad is not None:
-                    self._add_square(param, grad, count / loss_scale)
+                    self._add_square(param, grad)
 
-    def _add_square(self, param: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> None:
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        total = grad.to(dtype) * factor.to(grad.device, dtype)
+    def _add_square(self, param: torch.Tensor, grad: torch.Tensor) -> None:
+        total = grad.to(torch.promote_types(param.dtype, torch.float32))
         if param in self._squares:
             self._squares[param].addcmul_(total, total)
         else:
-            self._squares[param] = total.square_()
+            self._squares[param] = total.square()
 
     @torch.no_grad()
     def estimate(self) -> dict[torch.Tensor, torch.Tensor]:

@@ -65,6 +65,8 @@ def hutchinson(
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(f"loss must be a tensor of one element with its graph, got {loss!r}")
     params = list(dict.fromkeys(p for p in params if p.requires_grad))
+    if not params:
+        raise ValueError("params holds no parameter that requires a gradient")
     try:
         return _estimate(loss, params, probes, distribution, generator)
     except RuntimeError as error:

@@ -94,6 +94,8 @@ def _check(
             "logits must be a floating-point tensor of shape (..., classes), got"
             f" {_describe(logits)}"
         )
+    if targets is not None and not isinstance(targets, torch.Tensor):
+        raise ValueError(f"targets must be a tensor or None, got {_describe(targets)}")
     record = LIKELIHOODS[likelihood]
     shape = logits.shape[:-1] if record.per_row else logits.shape
     if targets is not None and targets.shape != shape:
@@ -134,12 +136,14 @@ def sampled_cotangent(
     *,
     likelihood: str = "categorical",
     generator: torch.Generator | None = None,
-    loss_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample labels from the model and differentiate their mean loss with respect to the logits.
+    """Sample labels from the model and differentiate their summed loss by the logits.
 
-    For the categorical likelihood that is `(softmax(logits) - onehot(sampled)) / B`. Works through
-    the rows in chunks, in fp32 at least: beside the result no tensor of the logits' size is made.
+    For the categorical likelihood that is `softmax(logits) - onehot(sampled)`. The sum and not the
+    mean: divided by B, most of a softmax over a large vocabulary would be 0 in fp16. Works through
+    the rows in chunks, in fp32 at least. Beside the result no tensor of the logits' size is made,
+    but for the noise of the likelihoods that have a prediction per element, and a copy of logits
+    that are not contiguous.
 
     Args:
         logits: The model's outputs, shape (..., classes), any floating dtype.
@@ -150,7 +154,6 @@ def sampled_cotangent(
             `"gaussian"` (squared error).
         generator: Source of the labels' randomness, on any device (one on the CPU draws the same
             labels whatever the logits' device); None: torch's default of the logits' device.
-        loss_scale: A factor on the result, as a gradient scaler wants it.
 
     Returns:
         The cotangent, of the logits' shape and dtype, zero where a prediction does not count; and
@@ -161,28 +164,26 @@ def sampled_cotangent(
     """
     record, shape = _check(logits, targets, likelihood)
     counted = _counted(record, targets, logits.device)
-    count = _count(counted, shape, logits.device)
     # All noise at once, so that labels do not depend on the size of a chunk.
     source = logits.device if generator is None else generator.device
-    dtype = uniform_dtype(logits.device)
-    noise = record.draw(shape, dtype=dtype, device=source, generator=generator).to(logits.device)
+    noise_dtype = uniform_dtype(logits.device) if record.per_row else torch.float32
+    noise = record.draw(shape, dtype=noise_dtype, device=source, generator=generator)
+    noise = noise.to(logits.device)
     cotangent = torch.empty_like(logits, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    factor = loss_scale / count.clamp(min=1).to(dtype)
     classes = logits.shape[-1]
     rows, out = logits.detach().reshape(-1, classes), cotangent.view(-1, classes)
     # One column per row, or one per element.
     noise = noise.reshape(-1) if record.per_row else noise.reshape(-1, classes)
-    if counted is not None:
-        counted = counted.reshape(-1, 1 if record.per_row else classes)
+    uncounted = None if counted is None else ~counted.reshape(-1, 1 if record.per_row else classes)
     step = _rows_per_chunk(rows)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        residual = record.residual(rows[part].to(dtype), noise[part]).mul_(factor)
-        if counted is not None:
-            residual.masked_fill_(~counted[part], 0.0)
+        residual = record.residual(rows[part].to(dtype), noise[part])
+        if uncounted is not None:
+            residual.masked_fill_(uncounted[part], 0.0)
         out[part] = residual
-    return cotangent, count
+    return cotangent, _count(counted, shape, logits.device)
 
 
 @torch.no_grad()

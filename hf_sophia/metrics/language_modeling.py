@@ -15,13 +15,13 @@ Args:
     nll: Summed negative log-likelihood of each example's counted tokens, in nats.
     correct: Counted tokens of each example that the model ranks first.
     tokens: Counted tokens of each example.
-    bytes: UTF-8 bytes that those tokens stand for.
+    bytes: UTF-8 bytes that those tokens stand for; zeros where that is not known.
 
 Returns:
     loss: Nats per token.
     perplexity: exp(loss).
-    bits_per_byte: Bits per byte of text, which does not depend on the tokenizer.
     accuracy: Share of tokens ranked first, in [0, 1].
+    bits_per_byte: Bits per byte of text, comparable between tokenizers; only with known bytes.
 """
 
 
@@ -50,9 +50,11 @@ class LanguageModeling(evaluate.Metric):
         if counted == 0:
             raise ValueError("no token counts: the evaluated text is empty or all labels are -100")
         loss = math.fsum(nll) / counted
-        return {
+        result = {
             "loss": loss,
             "perplexity": math.exp(loss) if loss < 700.0 else math.inf,
-            "bits_per_byte": math.fsum(nll) / math.log(2.0) / max(sum(bytes), 1),
             "accuracy": sum(correct) / counted,
         }
+        if any(bytes):
+            result["bits_per_byte"] = math.fsum(nll) / math.log(2.0) / sum(bytes)
+        return result

@@ -45,6 +45,11 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [norm.to(torch.float32) for norm in torch._foreach_norm(tensors)]
 
 
+def comparable(value: Any) -> Any:
+    """Return an option so that it can be compared: JSON and YAML turn tuples into lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class BaseOptimizer(Optimizer):
     """Base of the optimizers here; a subclass writes its equation in `_update`.
 
@@ -76,10 +81,10 @@ class BaseOptimizer(Optimizer):
         self.weight_decay = weight_decay
         options = {**options, "weight_decay": weight_decay.weight_decay}
         for name, value in (defaults or {}).items():
-            if name in options and options[name] != value:
+            if name in options and comparable(options[name]) != comparable(value):
                 raise ValueError(
-                    f"{name} is given twice: {options[name]!r} as an argument and {value!r} in"
-                    f" defaults; pass it as {name}={value!r} only"
+                    f"defaults holds {name}={value!r}, but the constructor's own {name} is"
+                    f" {options[name]!r}; pass {name}={value!r} as an argument instead"
                 )
         super().__init__(params, {**(defaults or {}), **options})
 
@@ -106,9 +111,14 @@ class BaseOptimizer(Optimizer):
             if param.is_complex():
                 del self.param_groups[-1]
                 raise ValueError(
-                    f"{type(self).__name__} does not support complex parameters, got one of shape"
+                    f"{self._name} does not support complex parameters, got one of shape"
                     f" {tuple(param.shape)}; optimize torch.view_as_real(parameter) instead"
                 )
+
+    @property
+    def _name(self) -> str:
+        """The public name: a subclass elsewhere speaks as the optimizer it extends."""
+        return next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith(__package__))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         for name, check in self._checks.items():
@@ -153,7 +163,7 @@ class BaseOptimizer(Optimizer):
                 param.copy_(theta)
 
     def _check_gradients(self, params: list[torch.Tensor]) -> None:
-        name = type(self).__name__
+        name = self._name
         for param in params:
             if param.grad.is_sparse or param.grad.is_sparse_csr:
                 raise RuntimeError(
@@ -229,7 +239,7 @@ class BaseOptimizer(Optimizer):
             yield param, saved, state_dict["state"].get(index, {})
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        name = type(self).__name__
+        name = self._name
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         if sizes != saved_sizes:

@@ -8,11 +8,15 @@ import torch
 
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
 from hf_sophia.optim.base import BaseOptimizer, Group, State, first_non_finite
-from hf_sophia.optim.validation import check_positive, check_positive_integer
+from hf_sophia.optim.validation import check_count, check_positive, check_positive_integer
 from hf_sophia.optim.weight_decay import WeightDecay
 
 #: What `hessian_computation_type` may be: the estimator that `step()` runs by itself.
 HESSIAN_COMPUTATION_TYPES = ("gnb", "hutchinson")
+
+
+class NonFiniteHessianError(ValueError):
+    """A Hessian estimate holds NaN or infinity; the optimizer is as it was before."""
 
 
 def _check_hessian_computation_type(name: str, value: Any) -> None:
@@ -70,7 +74,8 @@ class Sophia(BaseOptimizer):
         hessian_computation_type: Estimator that `step` runs by itself; the same in every group.
 
     State per parameter: `step` (this optimizer's count of steps when the parameter last moved),
-    `exp_avg` (m) and `hessian` (h), in fp32 at least.
+    `exp_avg` (m) and `hessian` (h), in fp32 at least. Refreshes follow this optimizer's own count
+    of steps, which goes on through a checkpoint; each group's `refreshed_step` is the last of them.
 
     Raises:
         ValueError, TypeError: An option is out of range or of a wrong type.
@@ -106,6 +111,7 @@ class Sophia(BaseOptimizer):
         "eps": check_positive,
         "rho": check_positive,
         "k": check_positive_integer,
+        "refreshed_step": check_count,
         "hessian_computation_type": _check_hessian_computation_type,
     }
 
@@ -129,9 +135,10 @@ class Sophia(BaseOptimizer):
             "rho": rho,
             "k": k,
             "hessian_computation_type": hessian_computation_type,
+            # The last step whose refresh has been made; in the groups, so that it is saved.
+            "refreshed_step": 0,
         }
-        # The step whose refresh has been made, and a due step that passed without one.
-        self._refreshed_step: int | None = None
+        # A due step that passed without its refresh.
         self._missed_step: int | None = None
         self._warned = False
         super().__init__(params, options, weight_decay, defaults)
@@ -164,7 +171,8 @@ class Sophia(BaseOptimizer):
     def hessian_due(self) -> bool:
         """Whether `update_hessian` should be called before the next `step()`."""
         t = self._next_step
-        return (t - 1) % self.param_groups[0]["k"] == 0 and self._refreshed_step != t
+        group = self.param_groups[0]
+        return (t - 1) % group["k"] == 0 and group["refreshed_step"] != t
 
     @torch.no_grad()
     def update_hessian(self, mapping: Mapping[torch.Tensor, torch.Tensor]) -> None:
@@ -177,7 +185,9 @@ class Sophia(BaseOptimizer):
 
         Raises:
             ValueError: A key is not a parameter of this optimizer, or an estimate has another
-                shape or holds NaN or infinity; nothing has changed then.
+                shape; nothing has changed then.
+            NonFiniteHessianError: An estimate holds NaN or infinity; a ValueError too, and nothing
+                has changed.
         """
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for param, estimate in mapping.items():
@@ -192,16 +202,15 @@ class Sophia(BaseOptimizer):
                     f" {self._describe(param)}"
                 )
         if mapping and (index := first_non_finite(list(mapping.values()))) is not None:
-            raise ValueError(
+            raise NonFiniteHessianError(
                 f"the Hessian estimate of {self._describe(list(mapping)[index])} holds NaN or"
                 " infinity; nothing was changed. Leave this refresh out with update_hessian({})"
             )
-        # Taken before states are made: an unfinished state would count as step 0 all the same.
-        t = self._next_step
         for param, estimate in mapping.items():
             hessian = self._state_of(param, groups[param])["hessian"]
             hessian.lerp_(estimate.to(hessian.dtype), 1.0 - groups[param]["betas"][1])
-        self._refreshed_step = t
+        for group in self.param_groups:
+            group["refreshed_step"] = self._next_step
         self._missed_step = None
 
     @torch.no_grad()
@@ -328,7 +337,7 @@ class Sophia(BaseOptimizer):
                     bound = state["hessian"].clamp(min=group["eps"]).mul_(group["rho"])
                     clipped.append((state["exp_avg"].abs() >= bound).sum())
                     total += bound.numel()
-        if not clipped:
+        if total == 0:
             return torch.zeros(())
         return torch.stack([c.to(clipped[0].device) for c in clipped]).sum() / total
 
@@ -347,10 +356,9 @@ class Sophia(BaseOptimizer):
             ValueError: As in every optimizer here.
         """
         super().load_state_dict(state_dict)
-        self._refreshed_step = None
         self._missed_step = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_refreshed_step", "_missed_step", "_warned")
+        kept = ("_missed_step", "_warned")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

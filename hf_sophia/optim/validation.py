@@ -1,7 +1,7 @@
 """Checks of optimizer options: each names the option, what came and what is wanted."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -40,9 +40,19 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def _check_integer(name: str, value: Any, least: int) -> None:
+    wanted = f"{name} must be an integer >= {least}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{wanted} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(wanted)
+
+
 def check_positive_integer(name: str, value: Any) -> None:
     """Raise unless `value` is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    _check_integer(name, value, 1)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise unless `value` is an integer >= 0."""
+    _check_integer(name, value, 0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_sophia.optim.validation import check_non_negative
+from hf_sophia.optim.validation import check_flag, check_non_negative
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class WeightDecay:
     Raises:
         ValueError: `weight_decay` is negative or not finite, or `absolute` is asked for without
             `weight_decouple`, where it would have no effect.
-        TypeError: `weight_decay` is not a number.
+        TypeError: `weight_decay` is not a number, or a flag is not True or False.
 
     Example:
         >>> import torch
@@ -46,6 +46,8 @@ class WeightDecay:
     def __post_init__(self) -> None:
         """Check the strength once, here."""
         check_non_negative("weight_decay", self.weight_decay)
+        check_flag("weight_decouple", self.weight_decouple)
+        check_flag("absolute", self.absolute)
         if self.absolute and not self.weight_decouple:
             raise ValueError(
                 "absolute=True needs weight_decouple=True: a decay that is added to the gradient"

@@ -26,8 +26,8 @@ def labels_are_aligned(
         head: What the adapter made of its outputs.
         inputs: The micro-batch, labels included.
         outputs: What the forward pass returned.
-        num_items_in_batch: What the model divided its summed loss by, or None if it took the mean
-            over the micro-batch itself.
+        num_items_in_batch: What the model may have divided its summed loss by, the predictions of
+            all micro-batches; models that ignore it take the mean over the micro-batch.
 
     Returns:
         True when they agree or the model has no loss to compare with; False when this micro-batch
@@ -38,39 +38,36 @@ def labels_are_aligned(
     """
     model = base_model(model)
     nll, count = mean_nll(head.logits, head.targets, likelihood=head.likelihood)
-    own = _own_loss(model, outputs)
+    own = _own_loss(outputs)
     if own is None:
-        # The labels were kept from the forward pass, for label smoothing for instance.
         own, num_items_in_batch = _loss_of_labels(model, head, inputs), None
         if own is None:
             return True
-    own_mean, mean = own.item(), nll.item()
+    mean, own_means = nll.item(), [own.item()]
     if num_items_in_batch is not None:
-        own_mean *= float(num_items_in_batch) / max(int(count), 1)
-    if not (math.isfinite(mean) and math.isfinite(own_mean)):
+        own_means.append(own.item() * float(num_items_in_batch) / max(int(count), 1))
+    if not all(map(math.isfinite, (mean, *own_means))):
         return False
     # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
     tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 1e-2
-    if abs(mean - own_mean) > tolerance * max(abs(own_mean), 1e-3):
-        raise RuntimeError(
-            f"the labels that Sophia-G counts for {type(model).__name__} have a mean loss of"
-            f" {mean:.6g}, the model's own loss is {own_mean:.6g}: they are not aligned with the"
-            " logits, or the loss is not their likelihood. Override"
-            " sophia_head(self, model, inputs, outputs) in your Trainer"
-        )
-    return True
+    if any(abs(mean - value) <= tolerance * max(abs(value), 1e-3) for value in own_means):
+        return True
+    raise RuntimeError(
+        f"the labels that Sophia-G counts for {type(model).__name__} have a mean loss of"
+        f" {mean:.6g}, the model's own loss is {own_means[-1]:.6g}: they are not aligned with the"
+        " logits, or the loss is not their likelihood. Override"
+        " sophia_head(self, model, inputs, outputs) in your Trainer"
+    )
 
 
-def _own_loss(model: torch.nn.Module, outputs: Any) -> torch.Tensor | None:
-    """Return the loss the forward pass returned, less a mixture of experts' auxiliary loss."""
+def _own_loss(outputs: Any) -> torch.Tensor | None:
+    """Return the loss of the forward pass, or None where it is missing or more than the labels'."""
     if not isinstance(outputs, Mapping):
         return outputs[0].detach()  # as the Trainer reads a tuple
     loss = outputs.get("loss")
-    if loss is None:
+    # A mixture of experts adds its auxiliary loss, with a factor that each family names otherwise.
+    if loss is None or outputs.get("aux_loss") is not None:
         return None
-    auxiliary = outputs.get("aux_loss")
-    if auxiliary is not None:
-        loss = loss - model.config.router_aux_loss_coef * auxiliary
     return loss.detach()
 
 
@@ -78,6 +75,7 @@ def _own_loss(model: torch.nn.Module, outputs: Any) -> torch.Tensor | None:
 def _loss_of_labels(
     model: torch.nn.Module, head: HeadOutput, inputs: Mapping[str, Any]
 ) -> torch.Tensor | None:
+    """Return the loss the model's class has for these logits and labels, without a forward pass."""
     labels = inputs.get("labels")
     if labels is None or not is_causal_lm(model):
         return None

@@ -34,13 +34,16 @@ Adapter = Callable[[Mapping[str, Any], torch.Tensor], HeadOutput]
 def causal_lm(inputs: Mapping[str, Any], logits: torch.Tensor) -> HeadOutput:
     """Align the labels of a causal language model: position i predicts label i + 1.
 
-    Packed batches bring `shift_labels`, which are aligned already.
+    Packed batches bring `shift_labels`, which are aligned already. Prompt tuning puts positions of
+    its own before the labelled ones.
     """
     if (shifted := inputs.get("shift_labels")) is not None:
         return HeadOutput(logits, shifted)
     labels = inputs["labels"]
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[..., :-1] = labels[..., 1:]
+    prompt = logits.shape[-2] - labels.shape[-1]
+    shape = (*labels.shape[:-1], max(prompt, 0) + labels.shape[-1])
+    targets = labels.new_full(shape, IGNORE_INDEX)
+    targets[..., max(prompt - 1, 0) : -1] = labels if prompt > 0 else labels[..., 1:]
     return HeadOutput(logits, targets)
 
 

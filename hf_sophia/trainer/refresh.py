@@ -13,9 +13,9 @@ def label_noise(seed: int, step: int, rank: int, micro_batch: int) -> torch.Gene
     """Return the generator of one micro-batch's label noise.
 
     Its seed is a hash of where the micro-batch stands in the run. So nothing has to be saved for an
-    exact resume, the data and dropout streams are those of a run with another optimizer, and no two
-    ranks share noise, which would bias the estimate. It draws on the CPU, so that a run on another
-    device samples the same labels.
+    exact resume, the data and dropout streams are those of a run with another optimizer, and every
+    rank has noise of its own; shared noise would bias the estimate. It draws on the CPU, so that a
+    run on another device samples the same labels.
 
     Args:
         seed: The run's seed.
@@ -46,7 +46,7 @@ class HessianRefresh:
         self._estimator = GaussNewtonBartlett(params)
         self.micro_batches = 0
 
-    def add(self, head: HeadOutput, loss_scale: float) -> None:
+    def add(self, head: HeadOutput) -> None:
         """Differentiate sampled labels of one micro-batch; its graph is kept for the training loss.
 
         Raises:
@@ -61,7 +61,6 @@ class HessianRefresh:
                 likelihood=head.likelihood,
                 generator=generator,
                 retain_graph=True,
-                loss_scale=loss_scale,
             )
         except RuntimeError as error:
             if "use_reentrant" not in str(error) and ".grad()" not in str(error):

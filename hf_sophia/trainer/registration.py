@@ -42,7 +42,7 @@ def _parse_optim_args(text: str | None) -> dict[str, str]:
         options = "; ".join(f"{name}: {known_options(name)}" for name in OPTION_TABLES)
         raise ValueError(
             f"optim_args {text!r} is not of the form option=value,option=value. Options of"
-            f" {options}"
+            f" hf_sophia's optimizers: {options}"
         ) from None
 
 
@@ -58,16 +58,16 @@ def register() -> None:
     Raises:
         RuntimeError: transformers has an optimizer of one of these names itself.
     """
-    for name, handler in _HANDLERS.items():
-        member = OptimizerNames._value2member_map_.get(name)
-        if member is None:
-            member = _add_member(name)
-        elif trainer_optimizer._OPTIMIZER_HANDLERS.get(member, handler) is not handler:
+    handlers = trainer_optimizer._OPTIMIZER_HANDLERS
+    members = {name: OptimizerNames._value2member_map_.get(name) for name in _HANDLERS}
+    for name, member in members.items():
+        if member is not None and handlers.get(member) is not _HANDLERS[name]:
             raise RuntimeError(
                 f"transformers already has an optimizer named {name!r}; hf_sophia can't register"
                 " its own. Use an hf_sophia release that knows this transformers version"
             )
-        trainer_optimizer._OPTIMIZER_HANDLERS[member] = handler
+    for name, member in members.items():
+        handlers[member or _add_member(name)] = _HANDLERS[name]
     for module in _modules_with_parser():
         module._parse_optim_args = _parse_optim_args
 

@@ -9,8 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from transformers.trainer import Trainer
 
-from hf_sophia.optim import Sophia
-from hf_sophia.optim.base import first_non_finite
+from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.heads import HeadOutput, head_output
 from hf_sophia.trainer.refresh import HessianRefresh
@@ -37,7 +36,7 @@ class SophiaTrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._refresh: HessianRefresh | None = None
         self._hessian_tokens: int | None = None
-        self._head_checked = False
+        self._checked_model: torch.nn.Module | None = None
         self._warned_causes: set[str] = set()
         super().__init__(*args, **kwargs)
 
@@ -55,6 +54,9 @@ class SophiaTrainerMixin:
         Raises:
             ValueError: The set-up is not supported; the message says what is.
         """
+        # Called when training starts, also when it starts again with a smaller batch because a
+        # step ran out of memory: what that step collected is of no use.
+        self._refresh = None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._sophia is not None:
             self._check_supported(self._sophia)
@@ -134,21 +136,16 @@ class SophiaTrainerMixin:
                 rank=self.args.process_index,
             )
         seen = self._refresh.micro_batches
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            if self._refresh.micro_batches == seen:
-                raise RuntimeError(
-                    f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's, so the"
-                    " Hessian can't be refreshed: call super().compute_loss in the override, and"
-                    " put SophiaTrainerMixin first among the bases"
-                )
-            if self.accelerator.sync_gradients:
-                self._fold_in(optimizer, self._refresh)
-                self._refresh = None
-        except BaseException:
-            # A step that is tried again, with a smaller batch for instance, starts anew.
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._refresh.micro_batches == seen:
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's, so the"
+                " Hessian can't be refreshed: call super().compute_loss in the override, and"
+                " put SophiaTrainerMixin first among the bases"
+            )
+        if self.accelerator.sync_gradients:
+            self._fold_in(optimizer, self._refresh)
             self._refresh = None
-            raise
         return loss
 
     def compute_loss(
@@ -184,15 +181,12 @@ class SophiaTrainerMixin:
         )
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self.sophia_head(unwrapped, kept, outputs)
-        if not self._head_checked:
-            divisor = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            self._head_checked = labels_are_aligned(unwrapped, head, kept, outputs, divisor)
-        self._refresh.add(head, self._loss_scale())
+        if self._checked_model is not unwrapped and labels_are_aligned(
+            unwrapped, head, kept, outputs, num_items_in_batch
+        ):
+            self._checked_model = unwrapped
+        self._refresh.add(head)
         return (loss, outputs) if return_outputs else loss
-
-    def _loss_scale(self) -> float:
-        scaler = self.accelerator.scaler
-        return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
         """Give the optimizer the step's estimate, or leave this refresh out and say why."""
@@ -206,18 +200,18 @@ class SophiaTrainerMixin:
             )
             optimizer.update_hessian({})
             return
-        estimate = refresh.estimate()
-        if first_non_finite(list(estimate.values())) is not None:
+        try:
+            optimizer.update_hessian(refresh.estimate())
+        except NonFiniteHessianError:
             self._warn_once(
                 "not finite",
-                "the Hessian estimate of step %d holds NaN or infinity and is discarded; the last"
-                " one stays in use",
+                "the Hessian estimate of step %d holds NaN or infinity and is discarded; the"
+                " Hessian stays as it was",
                 self.state.global_step + 1,
             )
             optimizer.update_hessian({})
-            return
-        optimizer.update_hessian(estimate)
-        self._hessian_tokens = count
+        else:
+            self._hessian_tokens = count
 
     def _warn_once(self, cause: str, message: str, *values: Any) -> None:
         if cause not in self._warned_causes:

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from hf_sophia.optim import Sophia
+from hf_sophia.optim.base import comparable
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class TrainerSophia(Sophia):
         super().load_state_dict(state_dict)
         for index, (group, options) in enumerate(zip(self.param_groups, asked, strict=True)):
             for name, value in options.items():
-                if _plain(group[name]) != _plain(value):
+                if comparable(group[name]) != comparable(value):
                     logger.warning(
                         "resuming with %s=%s in parameter group %d; the checkpoint had %s",
                         name,
@@ -47,7 +48,3 @@ class TrainerSophia(Sophia):
                         group[name],
                     )
                 group[name] = value
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

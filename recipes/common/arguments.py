@@ -1,6 +1,7 @@
 """Command lines of the recipes: a YAML file gives the values, the command line overrides each."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def parse_arguments(
         SystemExit: A value or option is wrong; the message says which, as argparse does.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(types)
+    parser = HfArgumentParser(types, allow_abbrev=False)
     parser.add_argument(
         "--config",
         type=Path,
@@ -40,11 +41,12 @@ def parse_arguments(
     finder.add_argument("--config", type=Path, default=default_config)
     config = finder.parse_known_args(argv)[0].config
     known = {field.name for cls in types for field in fields(cls) if field.init}
-    parser.set_defaults(**_read(parser, config, known))
-    namespace = parser.parse_args(argv)
-    return tuple(
-        cls(**{f.name: getattr(namespace, f.name) for f in fields(cls) if f.init}) for cls in types
-    )
+    namespace = parser.parse_args([*_read(parser, config, known), *argv])
+    with one_line_errors():
+        return tuple(
+            cls(**{f.name: getattr(namespace, f.name) for f in fields(cls) if f.init})
+            for cls in types
+        )
 
 
 @contextmanager
@@ -62,15 +64,27 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from error
 
 
-def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> dict[str, Any]:
+def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> list[str]:
+    """Return the file's values as command-line options, so that both are checked alike."""
     if not config.is_file():
         parser.error(f"--config {config}: no such file")
+    text = config.read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(text) or {}
+        # As written: YAML itself would read `no` as False and 1e-3 as text.
+        written = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         parser.error(f"--config {config}: not YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {config}: wanted 'option: value' lines, got {values!r}")
     if unknown := sorted(map(str, values.keys() - known)):
         parser.error(f"--config {config}: unknown options {', '.join(unknown)}")
-    return values
+    options = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            options.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{name}={written[name]}")
+    return options

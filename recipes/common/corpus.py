@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from common.standard_library import LICENCE, write_standard_library
 
@@ -81,7 +82,8 @@ def load_corpus(arguments: CorpusArguments) -> Corpus:
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: A file's kind is unknown, the text column is missing, or there is no text.
+        ValueError: A file's kind is unknown or its content broken, the text column is missing, or
+            there is no text.
     """
     if arguments.dataset_name:
         documents = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
@@ -125,7 +127,11 @@ def _load_files(files: dict[str, Path]) -> DatasetDict:
     kind = kinds.pop()
     # One document a file: lines of a text are not texts.
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    return load_dataset(kind, data_files={k: str(v) for k, v in files.items()}, **options)
+    try:
+        return load_dataset(kind, data_files={k: str(v) for k, v in files.items()}, **options)
+    except DatasetGenerationError as error:
+        names = " or ".join(repr(str(path)) for path in files.values())
+        raise ValueError(f"{names} can't be read as {kind}: {error.__cause__ or error}") from error
 
 
 def _hash_files(files: dict[str, Path]) -> str:
@@ -141,6 +147,9 @@ def _text_only(documents: Dataset, column: str, name: str) -> Dataset:
             f"{name} has no column {column!r}, only {documents.column_names}; name it with"
             " --text_column"
         )
+    kind = documents.features[column].dtype
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"column {column!r} of {name} holds {kind}, not text")
     documents = documents.select_columns([column])
     if column != "text":
         documents = documents.rename_column(column, "text")

@@ -5,6 +5,7 @@ from typing import Any
 
 import evaluate
 import torch
+from tokenizers import decoders
 from torch.nn import functional
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
@@ -15,12 +16,13 @@ class LanguageModelEvaluation:
     """The two hooks of a Trainer that together compute the metric of a causal language model.
 
     Args:
-        tokenizer: Says how many bytes of text each token stands for.
+        tokenizer: Says how many bytes of text each token stands for, if it is byte-level; with
+            another one there are no bits per byte.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._metric = evaluate.load(metric_path("language_modeling"))
-        self._bytes = torch.tensor([_bytes_of(tokenizer, i) for i in range(len(tokenizer))])
+        self._bytes = torch.tensor(_bytes_of_tokens(tokenizer))
 
     def preprocess_logits_for_metrics(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """Reduce logits to sums, so that the Trainer never gathers them.
@@ -60,7 +62,19 @@ class LanguageModelEvaluation:
         }
 
 
-def _bytes_of(tokenizer: PreTrainedTokenizerBase, index: int) -> int:
-    """Return the UTF-8 bytes of one token: in a byte-level vocabulary, one character each."""
-    token = tokenizer.convert_ids_to_tokens(index)
-    return 0 if token in tokenizer.all_special_tokens else len(token)
+def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the UTF-8 bytes of each token; zeros unless the tokenizer is byte-level."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
+        return [0] * len(tokenizer)
+    # A byte-level vocabulary writes one character a byte; added tokens are written as they are.
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    sizes = []
+    for index in range(len(tokenizer)):
+        if index in tokenizer.all_special_ids:
+            sizes.append(0)
+        elif index in added:
+            sizes.append(len(added[index].encode()))
+        else:
+            sizes.append(len(tokenizer.convert_ids_to_tokens(index)))
+    return sizes

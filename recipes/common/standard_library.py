@@ -48,7 +48,7 @@ def write_standard_library(folder: Path) -> dict[str, Path]:
         The path of each split.
 
     Raises:
-        RuntimeError: The standard library's sources are not installed.
+        FileNotFoundError: The standard library's sources are not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -70,7 +70,7 @@ def _splits() -> dict[str, dict[str, str]]:
             seen.add(digest)
             splits[_split_of(path)][path] = text
     if not all(splits.values()):
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"no Python sources under {sysconfig.get_path('stdlib')}: this Python comes without its"
             " standard library's text. Pass --train_file with text of your own"
         )

@@ -45,6 +45,25 @@ def _batches(documents: Dataset, size: int = 100) -> Iterator[list[str]]:
         yield documents[start : start + size]["text"]
 
 
+class _BlockCutter:
+    """Turns batches of documents into blocks; what does not fill one waits for the next batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+        self._tokenizer, self._size = tokenizer, block_size
+        self._rest: list[int] = []
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        # A document may be longer than any model's window; the blocks are not.
+        encoded = self._tokenizer(batch["text"], add_special_tokens=False, verbose=False)
+        tokens = self._rest
+        for ids in encoded["input_ids"]:
+            tokens += [*ids, self._tokenizer.eos_token_id]
+        end = len(tokens) - len(tokens) % self._size
+        blocks = [tokens[start : start + self._size] for start in range(0, end, self._size)]
+        self._rest = tokens[end:]
+        return {"input_ids": blocks, "labels": blocks}
+
+
 def make_blocks(
     documents: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
@@ -56,7 +75,7 @@ def make_blocks(
     Args:
         documents: Splits `train` and perhaps `validation`, with a column `text`.
         tokenizer: Has an `eos_token`.
-        block_size: Tokens in a block; what does not fill the last one is dropped.
+        block_size: Tokens in a block; what does not fill a split's last one is dropped.
         validation_percent: Share of blocks at the end of `train` to hold out where there is no
             `validation`.
 
@@ -64,23 +83,23 @@ def make_blocks(
         Training and validation blocks, with columns `input_ids` and `labels`.
 
     Raises:
-        ValueError: There is less than one block of training or validation text.
+        ValueError: There is less than one block of training or validation text, or the tokenizer
+            has no `eos_token`.
     """
-    end = tokenizer.eos_token_id
-
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        # A document may be longer than any model's window; blocks are cut afterwards.
-        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [[*one, end] for one in ids]}
-
-    def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        joined = [token for ids in batch["input_ids"] for token in ids]
-        starts = range(0, len(joined) - block_size + 1, block_size)
-        blocks = [joined[start : start + block_size] for start in starts]
-        return {"input_ids": blocks, "labels": blocks}
-
-    tokens = documents.map(tokenize, batched=True, remove_columns=["text"], desc="Tokenizing")
-    blocks = tokens.map(cut, batched=True, batch_size=1000, desc="Cutting into blocks")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos_token, which ends each document; use another tokenizer or"
+            " leave --tokenizer_name out to train one"
+        )
+    blocks = {
+        split: rows.map(
+            _BlockCutter(tokenizer, block_size),
+            batched=True,
+            remove_columns=["text"],
+            desc=f"Tokenizing {split} text",
+        )
+        for split, rows in documents.items()
+    }
     train, validation = blocks["train"], blocks.get("validation")
     if validation is None:
         held_out = max(1, round(len(train) * validation_percent / 100))

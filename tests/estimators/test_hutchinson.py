@@ -111,6 +111,8 @@ def test_bad_input_is_named(tiny_gpt2) -> None:
         hutchinson(x**2, [x])
     with pytest.raises(ValueError, match="with its graph"):
         hutchinson(torch.tensor(1.0), [x])
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        hutchinson((x**2).sum(), [])
     loss = (x**3).sum()
     loss.backward()
     with pytest.raises(RuntimeError, match="graph of the loss is gone"):

@@ -95,7 +95,7 @@ def test_labels_sampled_from_logits_follow_their_softmax(dtype, classes) -> None
     assert chi_squared_p(counts, logits.double().softmax(0) * rows) > 1e-3
 
 
-def test_the_cotangent_is_softmax_minus_onehot_over_b() -> None:
+def test_the_cotangent_is_softmax_minus_onehot() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 5, 11).double()
     targets = torch.zeros(3, 5, dtype=torch.long)
@@ -105,7 +105,7 @@ def test_the_cotangent_is_softmax_minus_onehot_over_b() -> None:
     labels = cotangent.argmin(-1)
     counted = targets != -100
     leaf = logits.clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(leaf[counted], labels[counted])
+    loss = torch.nn.functional.cross_entropy(leaf[counted], labels[counted], reduction="sum")
     expected = torch.autograd.grad(loss, leaf)[0]
     torch.testing.assert_close(cotangent, expected)
     assert (cotangent[~counted] == 0).all()
@@ -124,8 +124,20 @@ def test_labels_do_not_depend_on_chunks_or_strides(likelihood, monkeypatch) -> N
         chunked, _ = sampled_cotangent(
             values, likelihood=likelihood, generator=torch.Generator().manual_seed(1)
         )
-        # Exponentials may differ in the last bit; another label would differ by 1 / B.
+        # Exponentials may differ in the last bit; another label would differ by 1.
         torch.testing.assert_close(whole, chunked)
+
+
+def test_uniform_numbers_are_drawn_in_double_precision(monkeypatch) -> None:
+    drawn = []
+
+    def spy(probabilities, uniform):
+        drawn.append(uniform.dtype)
+        return sample_categorical(probabilities, uniform)
+
+    monkeypatch.setattr(likelihoods_module, "sample_categorical", spy)
+    sampled_cotangent(torch.zeros(2, 5, dtype=torch.bfloat16))
+    assert drawn == [torch.float64]
 
 
 def test_sampling_leaves_the_global_generator_alone() -> None:

@@ -148,6 +148,53 @@ def test_update_hessian_refuses_what_does_not_fit_and_changes_nothing() -> None:
     assert torch.equal(optimizer.state[param]["hessian"], kept)
 
 
+def test_a_refresh_made_but_not_stepped_is_not_made_again_after_loading() -> None:
+    # As when a gradient scaler skips the step and a checkpoint is written then.
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Sophia([param], k=2)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    optimizer.update_hessian({param: torch.ones(1)})
+    other = Sophia([torch.nn.Parameter(torch.zeros(1))], k=2)
+    assert other.hessian_due
+    other.load_state_dict(optimizer.state_dict())
+    assert not other.hessian_due
+    other.load_state_dict(fresh)
+    assert other.hessian_due
+
+
+def test_loading_forgets_a_refresh_that_was_missed_before() -> None:
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Sophia([param], lr=0.0, k=5)
+    optimizer.update_hessian({param: torch.ones(1)})
+    param.grad = torch.ones(1)
+    optimizer.step()
+    good = copy.deepcopy(optimizer.state_dict())
+    for _ in range(5):
+        optimizer.step()  # the refresh of step 6 is missed, at lr 0
+    optimizer.load_state_dict(good)
+    optimizer.param_groups[0]["lr"] = 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_metrics_go_over_all_parameters() -> None:
+    small, large = (torch.nn.Parameter(torch.zeros(n)) for n in (1, 3))
+    empty = torch.nn.Parameter(torch.zeros(0))
+    optimizer = Sophia([small, large, empty], betas=(0.0, 0.0), rho=0.5, k=1)
+    assert optimizer.clip_fraction() == 0.0
+    assert optimizer.hessian_norm() == 0.0
+    small.grad, large.grad = torch.ones(1), torch.ones(3)
+    optimizer.update_hessian({small: torch.full((1,), 3.0), large: torch.full((3,), 4.0 / 3**0.5)})
+    optimizer.step()
+    assert optimizer.hessian_norm().item() == pytest.approx(5.0)
+    # 1 < 0.5 * 3 is not clipped; 1 < 0.5 * 2.31 is not either.
+    assert optimizer.clip_fraction() == 0.0
+    large.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert optimizer.clip_fraction().item() == pytest.approx(0.75)
+
+
 def test_k_and_estimator_are_the_same_in_all_groups() -> None:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "k": k} for k in (5, 10)]
     with pytest.raises(ValueError, match="k must be the same in every parameter group, got 10"):

@@ -1,5 +1,6 @@
 """The parts of the recipes: arguments, corpus, tokenizer and blocks, metric, picture."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from common.evaluation import LanguageModelEvaluation
 from common.plots import plot_losses
 from common.tokenization import END_OF_TEXT, make_blocks, train_tokenizer
 from datasets import Dataset, DatasetDict
-from transformers import EvalPrediction
+from tokenizers import Tokenizer, models
+from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from hf_sophia.metrics import metric_path
 
@@ -33,6 +35,10 @@ class Options:
     name: str | None = field(default=None)
     flag: bool = field(default=False)
 
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError("steps must not be negative")
+
 
 def parse(tmp_path: Path, config: str, *argv: str) -> Options:
     path = tmp_path / "config.yaml"
@@ -45,6 +51,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     options = parse(tmp_path, "rate: 1e-3\nname: file\nflag: true\n", "--name", "line")
     assert options == Options(rate=1e-3, steps=5, name="line", flag=True)
     assert parse(tmp_path, "") == Options()
+    # YAML would read `no` as False, 1e-3 as text and 12 as a number.
+    assert parse(tmp_path, "name: no\nrate: null").name == "no"
+    assert parse(tmp_path, "name: 12").name == "12"
     default = tmp_path / "config.yaml"
     default.write_text("steps: 7\n")
     assert parse_arguments((Options,), [], default) == (Options(steps=7),)
@@ -57,6 +66,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         ("steps: [1\n", [], "not YAML"),
         ("- steps\n", [], "wanted 'option: value' lines"),
         ("rate: fast\n", [], "invalid float value: 'fast'"),
+        ("steps: 3.5\n", [], "invalid int value: '3.5'"),
+        ("rate: [1, 2]\n", [], "2"),
+        ("steps: -1\n", [], "error: steps must not be negative"),
+        ("", ["--conf", "nowhere.yaml"], "--conf"),
         ("", ["--stepps", "3"], "--stepps"),
         ("", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
     ],
@@ -112,6 +125,21 @@ def test_the_files_are_only_written_when_their_content_changes(tmp_path, monkeyp
     standard_library.write_standard_library(tmp_path)
     assert paths["train"].stat().st_mtime_ns != times["train"]
     assert paths["validation"].stat().st_mtime_ns == times["validation"]
+
+
+def test_near_duplicates_of_training_text_are_not_held_out(monkeypatch) -> None:
+    text = " ".join(f"word{i}" for i in range(200))
+    other = " ".join(f"other{i}" for i in range(200))
+    documents = [("a.py", text), ("b.py", text + " changed"), ("c.py", other), ("d.py", other)]
+    monkeypatch.setattr(standard_library, "_documents", lambda root: documents)
+    held_out = {"b.py", "c.py", "d.py"}
+    monkeypatch.setattr(
+        standard_library, "_split_of", lambda p: "validation" if p in held_out else "train"
+    )
+    assert standard_library._splits() == {"train": {"a.py": text}, "validation": {"c.py": other}}
+    monkeypatch.setattr(standard_library, "_documents", lambda root: [])
+    with pytest.raises(FileNotFoundError, match="--train_file"):
+        standard_library._splits()
 
 
 # Files and data sets
@@ -181,6 +209,17 @@ def test_bad_corpora_are_named(tmp_path) -> None:
         CorpusArguments(validation_file="a.txt")
     with pytest.raises(ValueError, match="got 100"):
         CorpusArguments(validation_percent=100)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{broken\n')
+    with pytest.raises(ValueError, match="broken.jsonl' can't be read as json"):
+        load_corpus(CorpusArguments(train_file=str(broken)))
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt' can't be read as text.*utf-8"):
+        load_corpus(CorpusArguments(train_file=str(latin)))
+    numbers = write(tmp_path / "numbers.jsonl", [1, 2])
+    with pytest.raises(ValueError, match="column 'text' of .* holds int64, not text"):
+        load_corpus(CorpusArguments(train_file=numbers))
     good = write(tmp_path / "good.parquet", TEXTS)
     with pytest.raises(ValueError, match=r"different kinds: \['json', 'parquet'\]"):
         load_corpus(CorpusArguments(train_file=good, validation_file=blank))
@@ -228,6 +267,20 @@ def test_without_a_validation_split_the_last_blocks_are_held_out(tokenizer) -> N
     assert len(validation) == pytest.approx(0.2 * len(whole), abs=1)
 
 
+def test_many_short_documents_lose_no_token_between_batches(tokenizer) -> None:
+    documents = DatasetDict(train=Dataset.from_dict({"text": ["ab"] * 5_000}))
+    count = 5_000 * (1 + len(tokenizer("ab")["input_ids"]))
+    train, validation = make_blocks(documents, tokenizer, 700, validation_percent=5)
+    assert len(train) + len(validation) == count // 700
+
+
+def test_a_tokenizer_without_an_end_is_named(tokenizer) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        make_blocks(DatasetDict(train=Dataset.from_dict({"text": TEXTS})), endless, 16, 5)
+
+
 def test_too_little_text_is_named(tokenizer) -> None:
     short = Dataset.from_dict({"text": ["word"]})
     with pytest.raises(ValueError, match="training text is too short.*block of 64.*block_size"):
@@ -265,6 +318,24 @@ def test_the_metric_is_the_one_made_by_hand(tokenizer) -> None:
     assert metrics["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert metrics["accuracy"] == correct / count
     assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
+
+
+def test_bytes_are_only_counted_where_tokens_are_bytes(tokenizer) -> None:
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens(["naïveté"])
+    labels = torch.tensor([extended("a naïveté b")["input_ids"]])
+    logits = torch.zeros(*labels.shape, len(extended))
+    sums = LanguageModelEvaluation(extended).preprocess_logits_for_metrics(logits, labels)
+    assert sums[0, 3] == len(" naïveté b".encode())
+
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    )
+    evaluation = LanguageModelEvaluation(words)
+    sums = evaluation.preprocess_logits_for_metrics(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]]))
+    metrics = evaluation.compute_metrics(EvalPrediction(sums.numpy(), None))
+    assert "bits_per_byte" not in metrics
+    assert metrics["loss"] == pytest.approx(math.log(2))
 
 
 def test_the_metric_module_loads_by_path_and_checks_its_input() -> None:

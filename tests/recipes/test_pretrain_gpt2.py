@@ -1,6 +1,7 @@
 """The recipe from its command line to a model that loads."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,9 @@ def test_the_recipe_trains_evaluates_saves_and_resumes(text_file, tmp_path, caps
     assert f"evaluation loss {metrics['eval_loss']:.4f}" in printed
     assert str(output / "loss.png") in printed
     assert "try next" in printed
+    assert f"--train_file {text_file}" in printed
+    assert f"--output_dir {output}_adamw" in printed
+    assert "loss_type" not in printed
     assert set(metrics) >= {
         "eval_loss",
         "eval_perplexity",
@@ -71,15 +75,21 @@ def test_the_recipe_trains_evaluates_saves_and_resumes(text_file, tmp_path, caps
     assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
 
     resumed = pretrain_gpt2.main([*argv, "--resume_from_checkpoint", str(output / "checkpoint-6")])
+    assert pretrain_gpt2.main([*argv, "--resume_from_checkpoint", "last"]) is not None
     assert resumed["eval_loss"] == metrics["eval_loss"]
     again = AutoModelForCausalLM.from_pretrained(output)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_the_adamw_of_the_next_command_runs_too(text_file, tmp_path) -> None:
-    extra = ["--optim", "adamw_torch_fused", "--optim_args=", "--max_steps", "2"]
-    assert pretrain_gpt2.main([*options(tmp_path, text_file), *extra])["eval_loss"] > 0
+def test_the_next_command_runs_too(text_file, tmp_path, capsys) -> None:
+    argv = [*options(tmp_path, text_file), "--max_steps", "2"]
+    for _ in range(2):
+        pretrain_gpt2.main(argv)
+        command = shlex.split(capsys.readouterr().out.partition("try next")[2].strip())
+        argv = command[2:]
+    assert argv[-1] == str(tmp_path / "run_adamw_sophia")
+    assert argv[argv.index("--train_file") + 1] == str(text_file)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,12 @@ def test_the_adamw_of_the_next_command_runs_too(text_file, tmp_path) -> None:
     [
         (["--train_file", "nowhere.txt"], "error: data file 'nowhere.txt' does not exist"),
         (["--block_size", "100000"], "error: the training text is too short"),
-        (["--n_head", "3"], "error: "),
+        (["--n_head", "3"], "error: n_embd=16 is not a multiple of n_head=3"),
+        (["--block_size", "0"], "error: block_size must be at least 2, got 0"),
+        (["--optim_args", "rho=-1"], "error: rho must be a finite number > 0, got -1.0"),
+        (["--optim", "adam"], "error: optim_args 'rho=0.1"),
+        (["--resume_from_checkpoint", "last"], "error: there is no checkpoint in"),
+        (["--max_steps", "5", "--num_train_epochs", "2"], "add --max_steps -1"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     ],
 )

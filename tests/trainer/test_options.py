@@ -93,8 +93,8 @@ def test_adam_epsilon_is_adams_but_not_sophias(tmp_path, caplog) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("adam", "eps", "Options of sophia: .*; adam: .*; radam: "),
-        ("sophia", "rho=0.1,", "Options of sophia"),
+        ("adam", "eps", "Options of hf_sophia's optimizers: sophia: .*; adam: .*; radam: "),
+        ("sophia", "rho=0.1,", "Options of hf_sophia"),
         ("radam", "rho=0.1", "unknown option 'rho'"),
         ("sophia", "rho=-1", "rho must be a finite number > 0, got -1.0"),
         ("sophia", "hessian_computation_type=exact", "'gnb', 'hutchinson', got 'exact'"),

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from hf_sophia import Sophia, SophiaTrainer, SophiaTrainerMixin
-from hf_sophia.trainer.heads import HeadOutput
+from hf_sophia.trainer import refresh as refresh_module
+from hf_sophia.trainer.heads import HeadOutput, causal_lm
 from hf_sophia.trainer.refresh import label_noise
 
 VOCABULARY = 37
@@ -259,7 +262,12 @@ def test_options_asked_for_on_resume_take_effect_and_are_logged(
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
     run(tiny_gpt2(), tmp_path, **options)
     recorder = Recorder()
-    changed = {**options, "optim_args": "rho=0.7,k=3,beta1=0.8", "max_steps": 9}
+    changed = {
+        **options,
+        "optim_args": "rho=0.7,k=3,beta1=0.8,eps=1e-6",
+        "max_steps": 9,
+        "weight_decay": 0.3,
+    }
     trainer = SophiaTrainer(
         tiny_gpt2(), arguments(tmp_path, **changed), train_dataset=dataset(), callbacks=[recorder]
     )
@@ -267,9 +275,12 @@ def test_options_asked_for_on_resume_take_effect_and_are_logged(
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for group in trainer.optimizer.param_groups:
         assert (group["rho"], group["k"], group["betas"]) == (0.7, 3, (0.8, 0.95))
+        assert group["eps"] == 1e-6
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
     assert recorder.refreshed[1:] == [7]
     assert "resuming with k=3 in parameter group 0; the checkpoint had 10" in caplog.text
-    assert "weight_decay" not in caplog.text
+    assert "betas=(0.8, 0.95)" in caplog.text
+    assert "hessian_computation_type" not in caplog.text
 
 
 # What goes wrong is said
@@ -373,7 +384,7 @@ def test_an_estimate_that_is_not_finite_is_discarded(tiny_gpt2, tmp_path, caplog
             optim_args="k=2",
         )
     assert recorder.refreshed == [1]
-    assert caplog.text.count("is discarded") == 1
+    assert caplog.text.count("is discarded; the Hessian stays as it was") == 1
 
 
 def test_a_wrong_shift_is_caught_on_the_first_refresh(tiny_gpt2, tmp_path) -> None:
@@ -388,15 +399,130 @@ def test_a_wrong_shift_is_caught_on_the_first_refresh(tiny_gpt2, tmp_path) -> No
 
 def test_packed_batches_bring_their_own_shift(tiny_gpt2, tmp_path) -> None:
     data = dataset(16)
-    packed = []
+    packed, masked = [], []
     for row in data:
+        # Two documents in one row: the last token of the first predicts nothing.
         shifted = torch.cat([row["labels"][1:], torch.tensor([-100])])
+        shifted[4] = -100
         packed.append({**row, "shift_labels": shifted})
-    expected = hessians_of(run(tiny_gpt2(), tmp_path, data=data, max_steps=1))
+        masked.append({**row, "labels": row["labels"].index_fill(0, torch.tensor([5]), -100)})
+    expected = run(tiny_gpt2(), tmp_path, data=masked, max_steps=1)
     options = {"remove_unused_columns": False}
-    actual = hessians_of(run(tiny_gpt2(), tmp_path, data=packed, max_steps=1, **options))
-    for one, other in zip(expected, actual, strict=True):
+    actual = run(tiny_gpt2(), tmp_path, data=packed, max_steps=1, **options)
+    assert actual.state.log_history[0]["sophia/hessian_tokens"] == 4 * 10
+    for one, other in zip(hessians_of(expected), hessians_of(actual), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_head_of_a_model_that_ignores_num_items_in_batch_is_accepted(tmp_path) -> None:
+    class Classifier(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs["logits"], inputs["labels"])
+
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    data = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(dataset(16))]
+    options = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer = run(model, tmp_path, data=data, trainer_class=Classifier, **options)
+    assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 8
+    assert all(h.max() > 0 for h in hessians_of(trainer)[:3])
+
+
+def test_models_may_return_tuples(tmp_path) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x, labels):
+            logits = self.layer(x)
+            return functional.cross_entropy(logits, labels), logits
+
+    class Known(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs[1], inputs["labels"])
+
+    data = [{"x": torch.randn(2), "labels": torch.tensor(i % 2)} for i in range(8)]
+    trainer = run(Plain(), tmp_path, data=data, trainer_class=Known, max_steps=2)
+    assert all(h.max() > 0 for h in hessians_of(trainer))
+    with pytest.raises(ValueError, match="head of Plain"):
+        run(Plain(), tmp_path, data=data)
+
+
+def test_prompt_tuning_puts_positions_before_the_labelled_ones() -> None:
+    labels = torch.tensor([[5, 6, -100, 8]])
+    assert causal_lm({"labels": labels}, torch.zeros(1, 4, 9)).targets.tolist() == [
+        [6, -100, 8, -100]
+    ]
+    assert causal_lm({"labels": labels}, torch.zeros(1, 6, 9)).targets.tolist() == [
+        [-100, 5, 6, -100, 8, -100]
+    ]
+
+
+def test_label_noise_is_asked_for_by_step_rank_and_micro_batch(
+    tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    asked = []
+
+    def spy(*place):
+        asked.append(place)
+        return label_noise(*place)
+
+    monkeypatch.setattr(refresh_module, "label_noise", spy)
+    run(tiny_gpt2(), tmp_path, max_steps=11, gradient_accumulation_steps=2, seed=7)
+    assert asked == [(7, 0, 0, 0), (7, 0, 0, 1), (7, 10, 0, 0), (7, 10, 0, 1)]
+    logits = tiny_gpt2()(torch.zeros(1, 4, dtype=torch.long)).logits
+    refresh = refresh_module.HessianRefresh([], seed=1, step=2, rank=3)
+    with pytest.raises(ValueError, match="no parameter"):
+        refresh.add(HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)))
+    assert asked[-1] == (1, 2, 3, 0)
+
+
+def test_a_step_that_failed_starts_its_refresh_anew(tiny_gpt2, tmp_path) -> None:
+    class Failing(SophiaTrainer):
+        failed = False
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if not self.failed and self._refresh is not None:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    class FailingInside(SophiaTrainer):
+        failed = False
+
+        def sophia_head(self, *args):
+            head = super().sophia_head(*args)
+            if self._refresh.micro_batches == 1 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+            return head
+
+    for trainer_class in (Failing, FailingInside):
+        trainer = run(
+            tiny_gpt2(),
+            tmp_path,
+            trainer_class=trainer_class,
+            max_steps=2,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            auto_find_batch_size=True,
+        )
+        assert trainer.failed
+        smaller = trainer._train_batch_size
+        assert smaller < 8
+        counted = trainer.state.log_history[0]["sophia/hessian_tokens"]
+        assert counted == 2 * smaller * 11
 
 
 def test_an_unknown_head_names_the_class_and_the_method(tmp_path) -> None:
@@ -436,6 +562,12 @@ def test_unsupported_set_ups_are_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(ValueError, match="type='gnb', got 'hutchinson'"):
         run(tiny_gpt2(), tmp_path, optim_args="hessian_computation_type=hutchinson")
+    trainer = SophiaTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset())
+    sharded = property(lambda self: DistributedType.FSDP)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "distributed_type", sharded)
+        with pytest.raises(ValueError, match="does not support FSDP"):
+            trainer.create_optimizer()
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     with pytest.raises(ValueError, match="one process and one device so far, got 2 processes"):
         SophiaTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset()).create_optimizer()
