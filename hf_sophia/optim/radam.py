@@ -66,7 +66,7 @@ class RAdam(BaseOptimizer):
     References:
         Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020, Algorithm 2.
 
-    Differs from the paper: tractable from `rho_t >= 5`, as every implementation has it (the
+    Differs from the paper: tractable from `rho_t >= 5`, as implementations have it (the
     paper: > 4). Differs from torch.optim.RAdam: state in fp32 at least, decoupled decay, `eps`,
     `amsgrad`, and a gradient that is not finite is an error; with `eps` matched it is the same to
     rounding.
