@@ -6,7 +6,7 @@ import torch
 from hf_sophia import Adam, RAdam, Sophia
 from hf_sophia.estimators import sampled_cotangent
 
-from .test_sophia_trainer import hessians_of, run
+from .runs import hessians_of, run
 
 pytestmark = pytest.mark.gpu
 

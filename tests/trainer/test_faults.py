@@ -1,0 +1,158 @@
+"""What goes wrong is said, and leaves nothing half done."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import (
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_sophia import SophiaTrainer
+from hf_sophia.trainer.heads import HeadOutput
+
+from .runs import Recorder, arguments, dataset, first_hessian, run
+
+
+def test_the_stock_trainer_is_refused_at_its_first_moving_step(tiny_gpt2, tmp_path) -> None:
+    model = tiny_gpt2()
+    start = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="hf_sophia.SophiaTrainer instead of"):
+        run(model, tmp_path, trainer_class=Trainer, max_steps=3)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, start[name])
+    with pytest.raises(RuntimeError, match="reached step 2 without .* due at step 1"):
+        run(
+            tiny_gpt2(),
+            tmp_path,
+            trainer_class=Trainer,
+            lr_scheduler_type="linear",
+            warmup_steps=2,
+            max_steps=3,
+        )
+
+
+def test_a_batch_without_labels_that_count_skips_that_refresh(tiny_gpt2, tmp_path, caplog) -> None:
+    data = dataset(40)
+    for row in data[:8]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    recorder = Recorder()
+    model = tiny_gpt2()
+    with caplog.at_level(logging.WARNING, "hf_sophia"):
+        trainer = run(
+            model,
+            tmp_path,
+            data=data,
+            callback=recorder,
+            optim_args="k=2,rho=0.2",
+            max_steps=8,
+            train_sampling_strategy="sequential",
+        )
+    assert caplog.text.count("no label of the batch of step 1 counts") == 1
+    assert recorder.refreshed == [3, 5, 7]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert trainer.state.log_history[-2]["sophia/hessian_tokens"] == 4 * 11
+
+
+def test_an_estimate_that_is_not_finite_is_discarded(tiny_gpt2, tmp_path, caplog) -> None:
+    class Poisoned(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            head = super().sophia_head(model, inputs, outputs)
+            if self.state.global_step == 0:
+                return head
+            return HeadOutput(head.logits * float("inf"), head.targets)
+
+    recorder = Recorder()
+    with caplog.at_level(logging.WARNING, "hf_sophia"):
+        run(
+            tiny_gpt2(),
+            tmp_path,
+            trainer_class=Poisoned,
+            callback=recorder,
+            max_steps=7,
+            optim_args="k=2",
+        )
+    assert recorder.refreshed == [1]
+    assert caplog.text.count("is discarded; the Hessian stays as it was") == 1
+
+
+def test_a_step_that_failed_starts_its_refresh_anew(tiny_gpt2, tmp_path) -> None:
+    class Failing(SophiaTrainer):
+        failed = False
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if not self.failed and self._refresh is not None:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    class FailingInside(SophiaTrainer):
+        failed = False
+
+        def sophia_head(self, *args):
+            head = super().sophia_head(*args)
+            if self._refresh.micro_batches == 1 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+            return head
+
+    for trainer_class in (Failing, FailingInside):
+        trainer = run(
+            tiny_gpt2(),
+            tmp_path,
+            trainer_class=trainer_class,
+            max_steps=2,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            auto_find_batch_size=True,
+        )
+        assert trainer.failed
+        smaller = trainer._train_batch_size
+        assert smaller < 8
+        counted = trainer.state.log_history[0]["sophia/hessian_tokens"]
+        assert counted == 2 * smaller * 11
+
+
+def test_a_compute_loss_that_bypasses_the_mixin_is_an_error(tiny_gpt2, tmp_path) -> None:
+    class Bypassing(SophiaTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    with pytest.raises(RuntimeError, match="Bypassing.compute_loss did not reach"):
+        run(tiny_gpt2(), tmp_path, trainer_class=Bypassing)
+
+
+def test_unsupported_set_ups_are_refused_before_the_first_step(
+    tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    with pytest.raises(ValueError, match="type='gnb', got 'hutchinson'"):
+        run(tiny_gpt2(), tmp_path, optim_args="hessian_computation_type=hutchinson")
+    trainer = SophiaTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset())
+    sharded = property(lambda self: DistributedType.FSDP)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "distributed_type", sharded)
+        with pytest.raises(ValueError, match="does not support FSDP"):
+            trainer.create_optimizer()
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="one process and one device so far, got 2 processes"):
+        SophiaTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset()).create_optimizer()
+
+
+def test_checkpointing_works_without_reentrance_and_says_so_with(tiny_gpt2, tmp_path) -> None:
+    def options(reentrant: bool) -> dict:
+        return {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    actual = first_hessian(tiny_gpt2, tmp_path, **options(False))
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match="'use_reentrant': False"):
+        first_hessian(tiny_gpt2, tmp_path, **options(True))

@@ -1,0 +1,142 @@
+"""Which predictions a model's loss counts, and the check that the adapter agrees with it."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from hf_sophia import SophiaTrainer
+from hf_sophia.trainer.heads import HeadOutput, causal_lm
+
+from .runs import VOCABULARY, dataset, hessians_of, run
+
+
+def test_a_wrong_shift_is_caught_on_the_first_refresh(tiny_gpt2, tmp_path) -> None:
+    class Unshifted(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs["logits"], inputs["labels"])
+
+    for options in ({}, {"label_smoothing_factor": 0.1}, {"gradient_accumulation_steps": 2}):
+        with pytest.raises(RuntimeError, match="not aligned with the logits.*sophia_head"):
+            run(tiny_gpt2(), tmp_path, trainer_class=Unshifted, **options)
+
+
+def test_packed_batches_bring_their_own_shift(tiny_gpt2, tmp_path) -> None:
+    data = dataset(16)
+    packed, masked = [], []
+    for row in data:
+        # Two documents in one row: the last token of the first predicts nothing.
+        shifted = torch.cat([row["labels"][1:], torch.tensor([-100])])
+        shifted[4] = -100
+        packed.append({**row, "shift_labels": shifted})
+        masked.append({**row, "labels": row["labels"].index_fill(0, torch.tensor([5]), -100)})
+    expected = run(tiny_gpt2(), tmp_path, data=masked, max_steps=1)
+    options = {"remove_unused_columns": False}
+    actual = run(tiny_gpt2(), tmp_path, data=packed, max_steps=1, **options)
+    assert actual.state.log_history[0]["sophia/hessian_tokens"] == 4 * 10
+    for one, other in zip(hessians_of(expected), hessians_of(actual), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_head_of_a_model_that_ignores_num_items_in_batch_is_accepted(tmp_path) -> None:
+    class Classifier(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs["logits"], inputs["labels"])
+
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    data = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(dataset(16))]
+    options = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer = run(model, tmp_path, data=data, trainer_class=Classifier, **options)
+    assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 8
+    assert all(h.max() > 0 for h in hessians_of(trainer)[:3])
+
+
+def test_models_may_return_tuples(tmp_path) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x, labels):
+            logits = self.layer(x)
+            return functional.cross_entropy(logits, labels), logits
+
+    class Known(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs[1], inputs["labels"])
+
+    data = [{"x": torch.randn(2), "labels": torch.tensor(i % 2)} for i in range(8)]
+    trainer = run(Plain(), tmp_path, data=data, trainer_class=Known, max_steps=2)
+    assert all(h.max() > 0 for h in hessians_of(trainer))
+    with pytest.raises(ValueError, match="head of Plain"):
+        run(Plain(), tmp_path, data=data)
+
+
+def test_prompt_tuning_puts_positions_before_the_labelled_ones() -> None:
+    labels = torch.tensor([[5, 6, -100, 8]])
+    assert causal_lm({"labels": labels}, torch.zeros(1, 4, 9)).targets.tolist() == [
+        [6, -100, 8, -100]
+    ]
+    assert causal_lm({"labels": labels}, torch.zeros(1, 6, 9)).targets.tolist() == [
+        [-100, 5, 6, -100, 8, -100]
+    ]
+
+
+def test_an_unknown_head_names_the_class_and_the_method(tmp_path) -> None:
+    class Strange(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x, labels):
+            logits = self.layer(x)
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(2), "labels": torch.tensor(i % 2)} for i in range(8)]
+    with pytest.raises(ValueError, match=r"head of Strange: override sophia_head\(self, model"):
+        run(Strange(), tmp_path, data=data)
+
+    class Known(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs["logits"], inputs["labels"])
+
+    trainer = run(Strange(), tmp_path, data=data, trainer_class=Known, max_steps=2)
+    assert all(h.max() > 0 for h in hessians_of(trainer))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_other_causal_models_and_auxiliary_losses(family, tmp_path) -> None:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        **({"output_router_logits": True, "num_local_experts": 2} if family == "mixtral" else {}),
+    )
+    if family == "mixtral":
+        config.router_aux_loss_coef = 10.0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    trainer = run(model, tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    assert all(h.max() > 0.0 for h in hessians_of(trainer))
+    assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 88

@@ -1,0 +1,68 @@
+"""A resumed run equals the uninterrupted one, and takes its own options."""
+
+import logging
+
+import torch
+
+from hf_sophia import SophiaTrainer
+
+from .runs import Recorder, arguments, dataset, run, sophia_of
+
+
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(tiny_gpt2, tmp_path) -> None:
+    # Dropout, accumulation, a schedule, and a save between two refreshes.
+    options = {
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 13,
+    }
+    whole = run(tiny_gpt2(resid_pdrop=0.1), tmp_path / "run", **options)
+    checkpoint = tmp_path / "run" / "checkpoint-13"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert set(saved["state"][0]) == {"step", "exp_avg", "hessian"}
+
+    recorder = Recorder()
+    resumed = SophiaTrainer(
+        tiny_gpt2(seed=1, resid_pdrop=0.1),
+        arguments(tmp_path / "again", **options),
+        train_dataset=dataset(),
+        callbacks=[recorder],
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert recorder.refreshed[1:] == [21]  # the first entry is the state that was loaded
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    for one, other in pairs:
+        assert torch.equal(one, other)
+        states = [sophia_of(t).state[p] for t, p in ((whole, one), (resumed, other))]
+        assert states[0]["step"] == states[1]["step"] == 30
+        for name in ("exp_avg", "hessian"):
+            assert torch.equal(states[0][name], states[1][name])
+
+
+def test_options_asked_for_on_resume_take_effect_and_are_logged(
+    tiny_gpt2, tmp_path, caplog
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    run(tiny_gpt2(), tmp_path, **options)
+    recorder = Recorder()
+    changed = {
+        **options,
+        "optim_args": "rho=0.7,k=3,beta1=0.8,eps=1e-6",
+        "max_steps": 9,
+        "weight_decay": 0.3,
+    }
+    trainer = SophiaTrainer(
+        tiny_gpt2(), arguments(tmp_path, **changed), train_dataset=dataset(), callbacks=[recorder]
+    )
+    with caplog.at_level(logging.WARNING, "hf_sophia"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for group in trainer.optimizer.param_groups:
+        assert (group["rho"], group["k"], group["betas"]) == (0.7, 3, (0.8, 0.95))
+        assert group["eps"] == 1e-6
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    assert recorder.refreshed[1:] == [7]
+    assert "resuming with k=3 in parameter group 0; the checkpoint had 10" in caplog.text
+    assert "betas=(0.8, 0.95)" in caplog.text
+    assert "hessian_computation_type" not in caplog.text
