@@ -30,6 +30,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_sophia
@@ -162,9 +163,10 @@ def check_length(args: TrainingArguments, argv: Sequence[str]) -> None:
         ValueError: Both are in force.
     """
     named = {piece.split("=")[0] for piece in argv}
-    if "--num_train_epochs" in named and args.max_steps > 0:
+    changed = args.num_train_epochs != TrainingArguments.num_train_epochs
+    if (changed or "--num_train_epochs" in named) and args.max_steps > 0:
         raise ValueError(
-            f"max_steps={args.max_steps} wins over --num_train_epochs; add --max_steps -1"
+            f"max_steps={args.max_steps} wins over num_train_epochs; set --max_steps -1"
         )
 
 
@@ -174,15 +176,15 @@ def checkpoint_of(args: TrainingArguments) -> str | None:
     Raises:
         FileNotFoundError: It does not exist.
     """
-    wanted = args.resume_from_checkpoint
+    wanted = args.resume_from_checkpoint or None
     if wanted == "last":
         exists = Path(args.output_dir).is_dir()
         newest = get_last_checkpoint(args.output_dir) if exists else None
         if newest is None:
             raise FileNotFoundError(f"there is no checkpoint in {args.output_dir!r} to resume from")
         return newest
-    if wanted is not None and not Path(wanted).is_dir():
-        raise FileNotFoundError(f"checkpoint {wanted!r} does not exist")
+    if wanted is not None and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {wanted!r}: no {TRAINER_STATE_NAME}")
     return wanted
 
 
@@ -209,6 +211,8 @@ def next_command(args: TrainingArguments, argv: Sequence[str]) -> str:
     else:
         other = ["--optim", "sophia", "--optim_args", "rho=0.1,k=10", "--learning_rate", "1e-3"]
         other += ["--output_dir", f"{folder}_sophia"]
+    if args.resume_from_checkpoint:
+        other.append("--resume_from_checkpoint=")
     return shlex.join([*program, *argv, *other])
 
 

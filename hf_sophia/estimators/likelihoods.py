@@ -89,7 +89,12 @@ def _check(
         raise ValueError(
             f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))}, got {likelihood!r}"
         )
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or logits.dim() < 1:
+    if (
+        not isinstance(logits, torch.Tensor)
+        or not logits.is_floating_point()
+        or logits.dim() < 1
+        or logits.shape[-1] < 1
+    ):
         raise ValueError(
             "logits must be a floating-point tensor of shape (..., classes), got"
             f" {_describe(logits)}"

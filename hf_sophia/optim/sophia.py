@@ -158,7 +158,8 @@ class Sophia(BaseOptimizer):
                         f"{name} must be the same in every parameter group, got {group[name]!r}"
                         f" beside {other[name]!r}: one backward pass refreshes all of them"
                     )
-        super().add_param_group(param_group)
+        # Groups taken from another optimizer bring its options, but its Hessian is not theirs.
+        super().add_param_group({**param_group, "refreshed_step": 0})
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "hessian")

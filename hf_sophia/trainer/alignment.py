@@ -30,8 +30,9 @@ def labels_are_aligned(
             all micro-batches; models that ignore it take the mean over the micro-batch.
 
     Returns:
-        True when they agree or the model has no loss to compare with; False when this micro-batch
-        says nothing, because no label counts or a loss is not finite.
+        True when the mean agrees with the returned loss, or for a causal language model with its
+        class's loss of the labels (the returned one may hold more), or when there is neither; False
+        when this micro-batch says nothing, because no label counts or a loss is not finite.
 
     Raises:
         RuntimeError: They differ.
@@ -39,17 +40,18 @@ def labels_are_aligned(
     model = base_model(model)
     nll, count = mean_nll(head.logits, head.targets, likelihood=head.likelihood)
     own = _own_loss(outputs)
-    if own is None:
-        own, num_items_in_batch = _loss_of_labels(model, head, inputs), None
-        if own is None:
-            return True
-    mean, own_means = nll.item(), [own.item()]
-    if num_items_in_batch is not None:
+    of_labels = _loss_of_labels(model, head, inputs)
+    own_means = [loss.item() for loss in (own, of_labels) if loss is not None]
+    if not own_means:
+        return True
+    if own is not None and num_items_in_batch is not None:
         own_means.append(own.item() * float(num_items_in_batch) / max(int(count), 1))
+    mean = nll.item()
     if not all(map(math.isfinite, (mean, *own_means))):
         return False
     # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
-    tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 1e-2
+    rounded = own is not None and own.dtype not in (torch.float32, torch.float64)
+    tolerance = 1e-2 if rounded else 1e-4
     if any(abs(mean - value) <= tolerance * max(abs(value), 1e-3) for value in own_means):
         return True
     raise RuntimeError(
@@ -62,9 +64,10 @@ def labels_are_aligned(
 
 def _own_loss(outputs: Any) -> torch.Tensor | None:
     """Return the loss of the forward pass, or None where it is missing or more than the labels'."""
+    # The Trainer reads a tuple's first element, which is the logits when it took the labels away.
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if not isinstance(outputs, Mapping):
-        return outputs[0].detach()  # as the Trainer reads a tuple
-    loss = outputs.get("loss")
+        return loss.detach() if loss.numel() == 1 else None
     # A mixture of experts adds its auxiliary loss, with a factor that each family names otherwise.
     if loss is None or outputs.get("aux_loss") is not None:
         return None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,16 +65,25 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
+)
+
+
 def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> list[str]:
     """Return the file's values as command-line options, so that both are checked alike."""
     if not config.is_file():
         parser.error(f"--config {config}: no such file")
-    text = config.read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(text) or {}
-        # As written: YAML itself would read `no` as False and 1e-3 as text.
+        text = config.read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=_Loader) or {}
+        # As written: YAML itself would read `no` as False.
         written = yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config {config}: not YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {config}: wanted 'option: value' lines, got {values!r}")
@@ -82,9 +92,11 @@ def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> lis
     options = []
     for name, value in values.items():
         if isinstance(value, dict):
-            options.append(f"--{name}={json.dumps(value)}")
+            options.append(f"--{name}={json.dumps(value, default=str)}")
         elif isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
+            if not value:
+                parser.error(f"--config {config}: {name} is an empty list; leave it out")
+            options += [f"--{name}", *map(str, written.get(name, value))]
         elif value is not None:
-            options.append(f"--{name}={written[name]}")
+            options.append(f"--{name}={written.get(name, value)}")
     return options

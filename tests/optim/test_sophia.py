@@ -162,6 +162,18 @@ def test_a_refresh_made_but_not_stepped_is_not_made_again_after_loading() -> Non
     assert other.hessian_due
 
 
+def test_groups_of_another_optimizer_do_not_bring_its_refresh() -> None:
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = torch.ones(1)
+    first = Sophia([param], k=100)
+    first.update_hessian({param: torch.ones(1)})
+    second = Sophia(first.param_groups, k=100)
+    assert second.hessian_due
+    assert not first.hessian_due
+    with pytest.warns(UserWarning, match="due at step 1"):
+        second.step()
+
+
 def test_loading_forgets_a_refresh_that_was_missed_before() -> None:
     param = torch.nn.Parameter(torch.zeros(1))
     optimizer = Sophia([param], lr=0.0, k=5)

@@ -54,6 +54,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     # YAML would read `no` as False, 1e-3 as text and 12 as a number.
     assert parse(tmp_path, "name: no\nrate: null").name == "no"
     assert parse(tmp_path, "name: 12").name == "12"
+    assert json.loads(parse(tmp_path, "name: {rate: 1e-2, on: 2024-01-01}").name)["rate"] == 0.01
+    assert parse(tmp_path, "<<: {steps: 3}").steps == 3
     default = tmp_path / "config.yaml"
     default.write_text("steps: 7\n")
     assert parse_arguments((Options,), [], default) == (Options(steps=7),)
@@ -68,6 +70,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         ("rate: fast\n", [], "invalid float value: 'fast'"),
         ("steps: 3.5\n", [], "invalid int value: '3.5'"),
         ("rate: [1, 2]\n", [], "2"),
+        ("name: []\n", [], "name is an empty list"),
         ("steps: -1\n", [], "error: steps must not be negative"),
         ("", ["--conf", "nowhere.yaml"], "--conf"),
         ("", ["--stepps", "3"], "--stepps"),

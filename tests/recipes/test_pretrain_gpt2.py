@@ -76,6 +76,7 @@ def test_the_recipe_trains_evaluates_saves_and_resumes(text_file, tmp_path, caps
 
     resumed = pretrain_gpt2.main([*argv, "--resume_from_checkpoint", str(output / "checkpoint-6")])
     assert pretrain_gpt2.main([*argv, "--resume_from_checkpoint", "last"]) is not None
+    assert "--resume_from_checkpoint=" in capsys.readouterr().out
     assert resumed["eval_loss"] == metrics["eval_loss"]
     again = AutoModelForCausalLM.from_pretrained(output)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
@@ -102,7 +103,8 @@ def test_the_next_command_runs_too(text_file, tmp_path, capsys) -> None:
         (["--optim_args", "rho=-1"], "error: rho must be a finite number > 0, got -1.0"),
         (["--optim", "adam"], "error: optim_args 'rho=0.1"),
         (["--resume_from_checkpoint", "last"], "error: there is no checkpoint in"),
-        (["--max_steps", "5", "--num_train_epochs", "2"], "add --max_steps -1"),
+        (["--resume_from_checkpoint", "recipes"], "error: there is no checkpoint at 'recipes'"),
+        (["--max_steps", "5", "--num_train_epochs", "2"], "set --max_steps -1"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     ],
 )

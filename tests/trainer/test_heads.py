@@ -7,9 +7,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GPT2LMHeadModel,
 )
 
 from hf_sophia import SophiaTrainer
+from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.heads import HeadOutput, causal_lm
 
 from .runs import VOCABULARY, dataset, hessians_of, run
@@ -84,6 +86,31 @@ def test_models_may_return_tuples(tmp_path) -> None:
     assert all(h.max() > 0 for h in hessians_of(trainer))
     with pytest.raises(ValueError, match="head of Plain"):
         run(Plain(), tmp_path, data=data)
+
+
+def test_a_loss_with_an_extra_term_is_compared_by_its_labels(tiny_gpt2, tmp_path) -> None:
+    class WithPenalty(GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = outputs.loss + 1e-2 * outputs.logits.logsumexp(-1).square().mean()
+            return outputs
+
+    model = WithPenalty(tiny_gpt2().config)
+    options = {"max_steps": 1, "remove_unused_columns": False}
+    assert all(h.max() > 0 for h in hessians_of(run(model, tmp_path, **options)))
+
+    class Unshifted(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs["logits"], inputs["labels"])
+
+    with pytest.raises(RuntimeError, match="not aligned"):
+        run(model, tmp_path, trainer_class=Unshifted, **options)
+
+
+def test_a_tuple_of_logits_alone_has_no_loss_to_compare() -> None:
+    logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
+    head = HeadOutput(logits, labels)
+    assert labels_are_aligned(torch.nn.Linear(1, 1), head, {"labels": labels}, (logits,), 4)
 
 
 def test_prompt_tuning_puts_positions_before_the_labelled_ones() -> None:
