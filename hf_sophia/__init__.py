@@ -12,7 +12,11 @@ from hf_sophia.optim import Adam, RAdam, Sophia, WeightDecay
 from hf_sophia.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
-    from hf_sophia.trainer.sophia_trainer import SophiaTrainer, SophiaTrainerMixin
+    from hf_sophia.trainer.sophia_trainer import (
+        SophiaSeq2SeqTrainer,
+        SophiaTrainer,
+        SophiaTrainerMixin,
+    )
 
 __version__ = version("hf_sophia")
 
@@ -20,6 +24,7 @@ __all__ = [
     "Adam",
     "RAdam",
     "Sophia",
+    "SophiaSeq2SeqTrainer",
     "SophiaTrainer",
     "SophiaTrainerMixin",
     "WeightDecay",
@@ -34,6 +39,6 @@ register()
 
 def __getattr__(name: str) -> Any:
     """Import the trainers on first use: `transformers.trainer` takes seconds to import."""
-    if name in ("SophiaTrainer", "SophiaTrainerMixin"):
+    if name in ("SophiaSeq2SeqTrainer", "SophiaTrainer", "SophiaTrainerMixin"):
         return getattr(import_module("hf_sophia.trainer.sophia_trainer"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

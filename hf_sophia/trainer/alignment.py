@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_sophia.estimators import mean_nll
-from hf_sophia.trainer.heads import HeadOutput, base_model, is_causal_lm
+from hf_sophia.trainer.heads import HeadOutput, base_model, shifts_labels
 
 
 def labels_are_aligned(
@@ -38,28 +38,42 @@ def labels_are_aligned(
         RuntimeError: They differ.
     """
     model = base_model(model)
-    nll, count = mean_nll(head.logits, head.targets, likelihood=head.likelihood)
+    means, count = _means(head, outputs)
     own = _own_loss(outputs)
     of_labels = _loss_of_labels(model, head, inputs)
     own_means = [loss.item() for loss in (own, of_labels) if loss is not None]
     if not own_means:
         return True
     if own is not None and num_items_in_batch is not None:
-        own_means.append(own.item() * float(num_items_in_batch) / max(int(count), 1))
-    mean = nll.item()
-    if not all(map(math.isfinite, (mean, *own_means))):
+        own_means.append(own.item() * float(num_items_in_batch) / max(count, 1))
+    if not all(map(math.isfinite, (*means, *own_means))):
         return False
     # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
     rounded = own is not None and own.dtype not in (torch.float32, torch.float64)
     tolerance = 1e-2 if rounded else 1e-4
-    if any(abs(mean - value) <= tolerance * max(abs(value), 1e-3) for value in own_means):
+    if any(
+        abs(mean - value) <= tolerance * max(abs(value), 1e-3)
+        for mean in means
+        for value in own_means
+    ):
         return True
     raise RuntimeError(
         f"the labels that Sophia-G counts for {type(model).__name__} have a mean loss of"
-        f" {mean:.6g}, the model's own loss is {own_means[-1]:.6g}: they are not aligned with the"
-        " logits, or the loss is not their likelihood. Override"
+        f" {means[0]:.6g}, the model's own loss is {own_means[-1]:.6g}: they are not aligned with"
+        " the logits, or the loss is not their likelihood. Override"
         " sophia_head(self, model, inputs, outputs) in your Trainer"
     )
+
+
+def _means(head: HeadOutput, outputs: Any) -> tuple[list[float], int]:
+    """Return the ways to take the mean of the true labels' losses, and how many labels count."""
+    nll, count = mean_nll(head.logits, head.targets, likelihood=head.likelihood)
+    means = [nll.item()]
+    if isinstance(outputs, Mapping) and "start_logits" in outputs:
+        # Such a model takes the mean of two means, another one where only a start lies too far.
+        pairs = zip(head.logits.unbind(1), head.targets.unbind(1), strict=True)
+        means.append(sum(mean_nll(logits, targets)[0].item() for logits, targets in pairs) / 2)
+    return means, int(count)
 
 
 def _own_loss(outputs: Any) -> torch.Tensor | None:
@@ -69,7 +83,7 @@ def _own_loss(outputs: Any) -> torch.Tensor | None:
     if not isinstance(outputs, Mapping):
         return loss.detach() if loss.numel() == 1 else None
     # A mixture of experts adds its auxiliary loss, with a factor that each family names otherwise.
-    if loss is None or outputs.get("aux_loss") is not None:
+    if loss is None or any(name.endswith("aux_loss") for name in outputs):
         return None
     return loss.detach()
 
@@ -80,6 +94,6 @@ def _loss_of_labels(
 ) -> torch.Tensor | None:
     """Return the loss the model's class has for these logits and labels, without a forward pass."""
     labels = inputs.get("labels")
-    if labels is None or not is_causal_lm(model):
+    if labels is None or not shifts_labels(model):
         return None
     return model.loss_function(logits=head.logits, labels=labels, vocab_size=head.logits.shape[-1])

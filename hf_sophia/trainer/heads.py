@@ -28,18 +28,21 @@ class HeadOutput:
     likelihood: str = "categorical"
 
 
-Adapter = Callable[[Mapping[str, Any], torch.Tensor], HeadOutput]
+Adapter = Callable[[torch.nn.Module, Mapping[str, Any], Mapping[str, Any]], HeadOutput]
 
 
-def causal_lm(inputs: Mapping[str, Any], logits: torch.Tensor) -> HeadOutput:
+def causal_lm(
+    model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> HeadOutput:
     """Align the labels of a causal language model: position i predicts label i + 1.
 
     Packed batches bring `shift_labels`, which are aligned already. Prompt tuning puts positions of
     its own before the labelled ones.
     """
+    logits = _logits(model, outputs)
     if (shifted := inputs.get("shift_labels")) is not None:
         return HeadOutput(logits, shifted)
-    labels = inputs["labels"]
+    labels = _labels(model, inputs)
     prompt = logits.shape[-2] - labels.shape[-1]
     shape = (*labels.shape[:-1], max(prompt, 0) + labels.shape[-1])
     targets = labels.new_full(shape, IGNORE_INDEX)
@@ -47,20 +50,131 @@ def causal_lm(inputs: Mapping[str, Any], logits: torch.Tensor) -> HeadOutput:
     return HeadOutput(logits, targets)
 
 
-_CAUSAL_LM = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+def per_token(
+    model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> HeadOutput:
+    """Take labels that stand where they are predicted: position i predicts label i.
 
-#: Adapters by the model classes they serve.
-HEADS: tuple[tuple[Collection[str], Adapter], ...] = ((_CAUSAL_LM, causal_lm),)
+    Masked and encoder-decoder language models and token classifiers. Some return the logits of the
+    labelled positions alone (`sparse_prediction`).
+    """
+    logits, labels = _logits(model, outputs), _labels(model, inputs)
+    if logits.dim() == labels.dim():
+        labels = labels[labels != IGNORE_INDEX]
+    elif (prompt := logits.shape[-2] - labels.shape[-1]) > 0:
+        labels = torch.nn.functional.pad(labels, (prompt, 0), value=IGNORE_INDEX)
+    return HeadOutput(logits, labels)
 
 
-def _serves(names: Collection[str], model: torch.nn.Module) -> bool:
-    """Whether the model's class, or one it inherits from, is among the names."""
-    return any(cls.__name__ in names for cls in type(model).__mro__)
+def multimodal_lm(
+    model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> HeadOutput:
+    """Shift the labels unless a decoder of its own predicts them."""
+    adapter = per_token if model.config.is_encoder_decoder else causal_lm
+    return adapter(model, inputs, outputs)
 
 
-def is_causal_lm(model: torch.nn.Module) -> bool:
-    """Return whether transformers knows the model's class as a causal language model."""
-    return _serves(_CAUSAL_LM, model)
+#: The likelihood of each `config.problem_type`.
+_LIKELIHOOD_OF_PROBLEM = {
+    "single_label_classification": "categorical",
+    "multi_label_classification": "bernoulli",
+    "regression": "gaussian",
+}
+
+
+def classification(
+    model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> HeadOutput:
+    """Take one row of logits per example as its `problem_type` says: classes, flags or numbers."""
+    logits, labels = _logits(model, outputs), _labels(model, inputs)
+    problem = model.config.problem_type
+    # As transformers decides it, where its loss function has not noted it in the configuration.
+    if problem is None and logits.shape[-1] == 1:
+        problem = "regression"
+    elif problem is None:
+        whole = labels.dtype in (torch.long, torch.int)
+        problem = "single_label_classification" if whole else "multi_label_classification"
+    likelihood = _LIKELIHOOD_OF_PROBLEM[problem]
+    shape = logits.shape[:-1] if likelihood == "categorical" else logits.shape
+    return HeadOutput(logits, _shaped(model, labels, shape), likelihood)
+
+
+def choice(
+    model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> HeadOutput:
+    """Take one row of logits per example as the scores of its choices."""
+    logits = _logits(model, outputs)
+    return HeadOutput(logits, _shaped(model, _labels(model, inputs), logits.shape[:-1]))
+
+
+def question_answering(
+    model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> HeadOutput:
+    """Stack the two predictions of an extractive answer, where it starts and where it ends.
+
+    Positions beyond the last token do not count, as in the model's own loss.
+    """
+    start, end = (_logits(model, outputs, name) for name in ("start_logits", "end_logits"))
+    positions = [_labels(model, inputs, name) for name in ("start_positions", "end_positions")]
+    targets = torch.stack([p.reshape(len(start)) for p in positions], dim=1).clamp(min=0)
+    targets = targets.masked_fill(targets >= start.shape[-1], IGNORE_INDEX)
+    return HeadOutput(torch.stack([start, end], dim=1), targets)
+
+
+def _names(*kinds: str) -> frozenset[str]:
+    """The class names that transformers' auto classes of these kinds know."""
+    tables = (getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in kinds)
+    names: set[str] = set()
+    for table in tables:
+        for value in table.values():
+            names.update([value] if isinstance(value, str) else value)
+    return frozenset(names)
+
+
+_CAUSAL_LM = _names("CAUSAL_LM")
+
+#: Adapters by the model classes they serve; the first that names a class serves it.
+HEADS: tuple[tuple[Collection[str], Adapter], ...] = (
+    (_CAUSAL_LM, causal_lm),
+    (
+        _names("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TOKEN_CLASSIFICATION"),
+        per_token,
+    ),
+    (_names("IMAGE_TEXT_TO_TEXT"), multimodal_lm),
+    (
+        _names(
+            "SEQUENCE_CLASSIFICATION",
+            "IMAGE_CLASSIFICATION",
+            "VIDEO_CLASSIFICATION",
+            "AUDIO_CLASSIFICATION",
+        ),
+        classification,
+    ),
+    (_names("MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION"), choice),
+    (_names("QUESTION_ANSWERING"), question_answering),
+)
+
+
+def _adapter_of(model: torch.nn.Module) -> Adapter | None:
+    """Return the adapter of a model's class or of the nearest class it inherits from."""
+    for cls in type(base_model(model)).__mro__:
+        for names, adapter in HEADS:
+            if cls.__name__ in names:
+                return adapter
+    return None
+
+
+def has_known_head(model: torch.nn.Module) -> bool:
+    """Return whether the table has an adapter for the model."""
+    return _adapter_of(model) is not None
+
+
+def shifts_labels(model: torch.nn.Module) -> bool:
+    """Return whether the model's own loss shifts its labels by one position."""
+    adapter = _adapter_of(model)
+    if adapter is multimodal_lm:
+        return not base_model(model).config.is_encoder_decoder
+    return adapter is causal_lm
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -89,24 +203,46 @@ def head_output(
     Raises:
         ValueError: The head is unknown, or labels or logits are missing.
     """
+    adapter = _adapter_of(model)
     model = base_model(model)
-    name = type(model).__name__
-    adapter = next((adapter for names, adapter in HEADS if _serves(names, model)), None)
     if adapter is None:
         raise ValueError(
-            f"SophiaTrainer does not know the head of {name}: override"
+            f"SophiaTrainer does not know the head of {type(model).__name__}: override"
             " sophia_head(self, model, inputs, outputs) in a subclass and return"
             " hf_sophia.trainer.heads.HeadOutput(logits, targets, likelihood)"
         )
-    if "labels" not in inputs and "shift_labels" not in inputs:
-        raise ValueError(
-            f"the batch for {name} has no 'labels', only {sorted(inputs)}: Sophia-G needs them to"
-            " see which predictions the loss counts. Use a data collator that makes labels"
-        )
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return adapter(model, inputs, outputs)
+
+
+def _logits(
+    model: torch.nn.Module, outputs: Mapping[str, Any], name: str = "logits"
+) -> torch.Tensor:
+    logits = outputs.get(name) if isinstance(outputs, Mapping) else None
     if not isinstance(logits, torch.Tensor):
         raise ValueError(
-            f"{name} returned no logits, which Sophia-G samples labels from: leave return_dict on"
-            " and turn off fused losses that skip the logits (use_liger_kernel)"
+            f"{type(model).__name__} returned no {name}, which Sophia-G samples labels from: leave"
+            " return_dict on. Where a fused loss skips the logits, ask for a Hessian pass of its"
+            " own: --optim_args hessian_batch_fraction=0.25"
         )
-    return adapter(inputs, logits)
+    return logits
+
+
+def _labels(model: torch.nn.Module, inputs: Mapping[str, Any], name: str = "labels") -> Any:
+    if inputs.get(name) is None:
+        raise ValueError(
+            f"the batch for {type(model).__name__} has no {name!r}, only {sorted(inputs)}: Sophia-G"
+            " needs them to see which predictions the loss counts. Use a data collator that makes"
+            " them"
+        )
+    return inputs[name]
+
+
+def _shaped(model: torch.nn.Module, labels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if labels.numel() != shape.numel():
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit the logits of"
+            f" {type(model).__name__}, which make {tuple(shape)} predictions: see its"
+            " config.problem_type and config.num_labels, or override"
+            " sophia_head(self, model, inputs, outputs) in your Trainer"
+        )
+    return labels.reshape(shape)

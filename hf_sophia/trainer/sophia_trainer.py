@@ -8,6 +8,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from transformers.trainer import Trainer
+from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.trainer.alignment import labels_are_aligned
@@ -250,4 +251,18 @@ class SophiaTrainer(SophiaTrainerMixin, Trainer):
 
     References:
         Liu et al., "Sophia", 2023, arXiv 2305.14342, Algorithm 3.
+    """
+
+
+class SophiaSeq2SeqTrainer(SophiaTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with the Hessian that `optim="sophia"` needs; same arguments.
+
+    Example:
+        ```python
+        from transformers import Seq2SeqTrainingArguments
+        from hf_sophia import SophiaSeq2SeqTrainer
+
+        args = Seq2SeqTrainingArguments("out", optim="sophia", predict_with_generate=True)
+        SophiaSeq2SeqTrainer(model, args, train_dataset=dataset, data_collator=collator).train()
+        ```
     """

@@ -12,7 +12,7 @@ from transformers import (
 
 from hf_sophia import SophiaTrainer
 from hf_sophia.trainer.alignment import labels_are_aligned
-from hf_sophia.trainer.heads import HeadOutput, causal_lm
+from hf_sophia.trainer.heads import HeadOutput, causal_lm, per_token
 
 from .runs import VOCABULARY, dataset, hessians_of, run
 
@@ -115,12 +115,15 @@ def test_a_tuple_of_logits_alone_has_no_loss_to_compare() -> None:
 
 def test_prompt_tuning_puts_positions_before_the_labelled_ones() -> None:
     labels = torch.tensor([[5, 6, -100, 8]])
-    assert causal_lm({"labels": labels}, torch.zeros(1, 4, 9)).targets.tolist() == [
-        [6, -100, 8, -100]
-    ]
-    assert causal_lm({"labels": labels}, torch.zeros(1, 6, 9)).targets.tolist() == [
-        [-100, 5, 6, -100, 8, -100]
-    ]
+    for adapter, positions, expected in (
+        (causal_lm, 4, [6, -100, 8, -100]),
+        (causal_lm, 6, [-100, 5, 6, -100, 8, -100]),
+        (per_token, 4, [5, 6, -100, 8]),
+        (per_token, 6, [-100, -100, 5, 6, -100, 8]),
+    ):
+        outputs = {"logits": torch.zeros(1, positions, 9)}
+        head = adapter(torch.nn.Identity(), {"labels": labels}, outputs)
+        assert head.targets.tolist() == [expected]
 
 
 def test_an_unknown_head_names_the_class_and_the_method(tmp_path) -> None:
