@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
+from hf_sophia.estimators.grouped import GroupedEstimate
 from hf_sophia.estimators.likelihoods import sampled_cotangent
 
 
-class GaussNewtonBartlett:
+class GaussNewtonBartlett(GroupedEstimate):
     """Accumulates the estimate over groups of predictions: micro-batches, for instance.
 
     With `L_r` the mean loss of group r's sampled labels, `B_r` the number of its predictions and
@@ -27,16 +28,6 @@ class GaussNewtonBartlett:
     References:
         Liu et al., "Sophia", 2023, arXiv 2305.14342, Section 2.3 and Algorithm 2.
     """
-
-    def __init__(self, params: Iterable[torch.Tensor]) -> None:
-        self._params = list(dict.fromkeys(p for p in params if p.requires_grad))
-        self._squares: dict[torch.Tensor, torch.Tensor] = {}
-        self._count: torch.Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """The number of predictions so far, B in all; reading it syncs the device."""
-        return 0 if self._count is None else int(self._count)
 
     def add(
         self,
@@ -62,8 +53,7 @@ class GaussNewtonBartlett:
             ValueError: The logits carry no graph, or an argument is wrong.
             RuntimeError: The graph was freed by an earlier backward pass.
         """
-        if not self._params:
-            raise ValueError("params holds no parameter that requires a gradient")
+        self._check_params()
         differentiable = isinstance(logits, torch.Tensor) and logits.is_floating_point()
         if differentiable and not logits.requires_grad:
             raise ValueError(
@@ -89,41 +79,12 @@ class GaussNewtonBartlett:
                 " loss.backward(retain_graph=True) on the steps where the Hessian is due"
             ) from error
         with torch.no_grad():
-            self._count = count if self._count is None else self._count + count
+            self._add_count(count)
             for param, grad in zip(self._params, grads, strict=True):
                 if grad is not None:
-                    self._add_square(param, grad)
-
-    def _add_square(self, param: torch.Tensor, grad: torch.Tensor) -> None:
-        total = grad.to(torch.promote_types(param.dtype, torch.float32))
-        if param in self._squares:
-            self._squares[param].addcmul_(total, total)
-        else:
-            self._squares[param] = total.square()
-
-    @torch.no_grad()
-    def estimate(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Return the estimate of every parameter and forget the groups.
-
-        Returns:
-            `{parameter: hhat}`, shaped like the parameter, >= 0, in fp32 at least; zeros where the
-            graph did not reach.
-
-        Raises:
-            ValueError: No prediction counted.
-        """
-        if self.count == 0:
-            raise ValueError("no prediction counts: every target is -100, so there is no estimate")
-        result = {}
-        for param in self._params:
-            square = self._squares.pop(param, None)
-            if square is None:
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                result[param] = torch.zeros_like(param, dtype=dtype)
-            else:
-                result[param] = square.div_(self._count.to(square.device))
-        self._count = None
-        return result
+                    total = self._sum_of(param)
+                    grad = grad.to(total.dtype)
+                    total.addcmul_(grad, grad)
 
 
 def gauss_newton_bartlett(

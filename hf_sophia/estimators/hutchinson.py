@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from hf_sophia.estimators.grouped import GroupedEstimate
+
 #: How the probe vectors may be distributed.
 DISTRIBUTIONS = ("rademacher", "gaussian")
 
@@ -11,10 +13,62 @@ DISTRIBUTIONS = ("rademacher", "gaussian")
 def _probe(
     param: torch.Tensor, distribution: str, generator: torch.Generator | None
 ) -> torch.Tensor:
+    source = param.device if generator is None else generator.device
     if distribution == "gaussian":
-        return torch.randn(param.shape, dtype=param.dtype, device=param.device, generator=generator)
-    signs = torch.randint(0, 2, param.shape, device=param.device, generator=generator)
-    return signs.to(param.dtype).mul_(2).sub_(1)
+        noise = torch.randn(param.shape, dtype=param.dtype, device=source, generator=generator)
+        return noise.to(param.device)
+    signs = torch.randint(0, 2, param.shape, device=source, generator=generator)
+    return signs.to(param.device, param.dtype).mul_(2).sub_(1)
+
+
+class Hutchinson(GroupedEstimate):
+    """Accumulates the estimate over groups of predictions: micro-batches, for instance.
+
+    With `L_r` the mean loss of group r, `B_r` the number of its predictions and a probe `u_r` of
+    its own for each group,
+
+    ```
+    hhat = sum_r u_r * (H(B_r L_r) u_r) / sum_r B_r
+    ```
+
+    which is unbiased for the diagonal of the Hessian of the mean loss over all predictions.
+
+    Args:
+        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+
+    References:
+        Liu et al., "Sophia", 2023, arXiv 2305.14342, Section 2.3 and Algorithm 1.
+    """
+
+    def add(
+        self,
+        loss: torch.Tensor,
+        count: torch.Tensor | int = 1,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add one group's Hessian-vector product with a Rademacher probe.
+
+        The loss is multiplied by its count before it is differentiated, so that what a mean over
+        many predictions makes small does not underflow in fp16.
+
+        Args:
+            loss: The group's mean loss, a tensor of one element with its graph. The graph is kept.
+            count: The number of its predictions; a group without any adds nothing.
+            generator: Source of the probe; None: torch's default.
+
+        Raises:
+            ValueError, RuntimeError: As for `hutchinson`.
+        """
+        self._check_params()
+        count = torch.as_tensor(count, device=self._params[0].device)
+        if int(count) == 0:
+            return
+        estimate = hutchinson(loss * count.to(loss.device), self._params, generator=generator)
+        with torch.no_grad():
+            self._add_count(count)
+            for param, term in estimate.items():
+                self._sum_of(param).add_(term)
 
 
 def hutchinson(
@@ -36,7 +90,7 @@ def hutchinson(
         probes: How many probe vectors to average over; >= 1. Each costs one backward pass through
             the gradient's graph.
         distribution: `"rademacher"` or `"gaussian"`.
-        generator: Source of the probes, on the parameters' device; None: torch's default.
+        generator: Source of the probes, on any device; None: torch's default.
 
     Returns:
         `{parameter: hhat}`, shaped like the parameter, in fp32 at least; zeros where the graph does

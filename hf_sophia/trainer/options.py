@@ -53,7 +53,13 @@ _BETAS_AND_EPS: dict[str, Parser] = {
 
 OPTION_TABLES = {
     "sophia": OptionTable(
-        {**_BETAS_AND_EPS, "rho": _parse_float, "k": _parse_int, "hessian_computation_type": str},
+        {
+            **_BETAS_AND_EPS,
+            "rho": _parse_float,
+            "k": _parse_int,
+            "hessian_computation_type": str,
+            "hessian_batch_fraction": _parse_float,
+        },
         eps_from_adam_epsilon=False,
     ),
     "adam": OptionTable(

@@ -6,14 +6,30 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from transformers.trainer import Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.heads import HeadOutput, head_output
+from hf_sophia.trainer.noise import noise_seed
+from hf_sophia.trainer.own_pass import (
+    BatchShare,
+    asking_for_logits,
+    count_predictions,
+    twice_differentiable_attention,
+    undisturbed,
+    without_reentrance,
+)
+from hf_sophia.trainer.plan import (
+    DEFAULT_FRACTION,
+    HessianPlan,
+    check_supported,
+    check_twice_differentiable,
+    make_plan,
+)
 from hf_sophia.trainer.refresh import HessianRefresh
+from hf_sophia.trainer.trainer_sophia import TrainerSophia
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +51,9 @@ class SophiaTrainerMixin:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._plan: HessianPlan | None = None
         self._refresh: HessianRefresh | None = None
+        self._share: BatchShare | None = None
         self._hessian_tokens: int | None = None
         self._checked_model: torch.nn.Module | None = None
         self._warned_causes: set[str] = set()
@@ -57,35 +75,26 @@ class SophiaTrainerMixin:
         """
         # Called when training starts, also when it starts again with a smaller batch because a
         # step ran out of memory: what that step collected is of no use.
-        self._refresh = None
+        self._refresh = self._plan = None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._sophia is not None:
-            self._check_supported(self._sophia)
+            check_supported(self.args, self.accelerator, self.model)
         return optimizer
 
-    def _check_supported(self, optimizer: Sophia) -> None:
-        kind = optimizer.param_groups[0]["hessian_computation_type"]
-        if kind != "gnb":
-            raise ValueError(
-                f"SophiaTrainer supports hessian_computation_type='gnb', got {kind!r}. For"
-                " Hutchinson's estimator use hf_sophia.Sophia in a loop of your own"
-            )
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
-            raise ValueError(
-                "SophiaTrainer runs on one process and one device so far, got"
-                f" {self.args.world_size} processes with {self.args.n_gpu} devices each: each would"
-                " have a Hessian of its own. Set CUDA_VISIBLE_DEVICES to one device and start"
-                " without torchrun"
-            )
-        if self.accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        ):
-            raise ValueError(
-                "SophiaTrainer does not support"
-                f" {self.accelerator.distributed_type.value} so far; run on one plain process"
-            )
+    def _make_plan(self, wrapped: torch.nn.Module, optimizer: Sophia) -> HessianPlan:
+        """Choose the way to the Hessian for this run, and refuse models that leave none."""
+        model = self._unwrapped(wrapped)
+        check_supported(self.args, self.accelerator, model)
+        estimator = optimizer.param_groups[0]["hessian_computation_type"]
+        if estimator == "hutchinson":
+            check_twice_differentiable(self.args, wrapped, model)
+        asked = isinstance(optimizer, TrainerSophia) and optimizer.hessian_batch_fraction
+        plan = make_plan(wrapped, model, estimator, asked or None)
+        logger.info("Hessian by %s: %s", plan, plan.reason)
+        return plan
+
+    def _unwrapped(self, model: torch.nn.Module) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def sophia_head(
         self, model: torch.nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
@@ -127,7 +136,11 @@ class SophiaTrainerMixin:
             RuntimeError: A `compute_loss` further up kept the logits from being seen.
         """
         optimizer = self._sophia
-        if optimizer is None or not optimizer.hessian_due:
+        if optimizer is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._plan is None:
+            self._plan = self._make_plan(model, optimizer)
+        if not optimizer.hessian_due:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._refresh is None:
             self._refresh = HessianRefresh(
@@ -135,19 +148,63 @@ class SophiaTrainerMixin:
                 seed=self.args.seed,
                 step=self.state.global_step,
                 rank=self.args.process_index,
+                estimator=self._plan.estimator,
             )
+            self._share = BatchShare(self._plan.fraction or 1.0)
         seen = self._refresh.micro_batches
+        if self._plan.fraction is not None:
+            self._estimate_in_own_pass(model, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._refresh.micro_batches == seen:
             raise RuntimeError(
                 f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's, so the"
-                " Hessian can't be refreshed: call super().compute_loss in the override, and"
-                " put SophiaTrainerMixin first among the bases"
+                " Hessian can't be refreshed: call super().compute_loss in the override and put"
+                " SophiaTrainerMixin first among the bases, pass the loss as compute_loss_func, or"
+                " ask for a Hessian pass of its own: --optim_args hessian_batch_fraction="
+                f"{DEFAULT_FRACTION}"
             )
         if self.accelerator.sync_gradients:
             self._fold_in(optimizer, self._refresh)
             self._refresh = None
         return loss
+
+    def _estimate_in_own_pass(self, wrapped: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Estimate on a share of a micro-batch, with a forward pass that training can't notice."""
+        refresh = self._refresh
+        rows = torch.Generator().manual_seed(noise_seed(refresh.place, "rows"))
+        share = self._share.take(inputs, rows)
+        if share is None:
+            refresh.skip()
+            return
+        wrapped.train()
+        model = self._unwrapped(wrapped)
+        share = self._prepare_inputs(share)
+        dropout = noise_seed(refresh.place, "dropout")
+        with undisturbed(model, dropout), self.compute_loss_context_manager():
+            if self._plan.estimator == "hutchinson":
+                with twice_differentiable_attention():
+                    count = count_predictions(model, share)
+                    refresh.add_loss(self.compute_loss(model, dict(share)), count)
+                return
+            with without_reentrance(model):
+                outputs = model(**{**share, **asking_for_logits(model)})
+                head = self._checked_head(model, share, outputs, None)
+                refresh.add_logits(head, retain_graph=False)
+
+    def _checked_head(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> HeadOutput:
+        """Apply the head's adapter; until a batch has shown it to be right, check it."""
+        head = self.sophia_head(model, inputs, outputs)
+        if self._checked_model is not model and labels_are_aligned(
+            model, head, inputs, outputs, num_items_in_batch
+        ):
+            self._checked_model = model
+        return head
 
     def compute_loss(
         self,
@@ -168,7 +225,8 @@ class SophiaTrainerMixin:
             The loss, or the loss and the outputs.
         """
         # Evaluation comes through here as well, without gradients.
-        if self._refresh is None or not torch.is_grad_enabled():
+        kept_graph = self._refresh is not None and self._plan.fraction is None
+        if not kept_graph or not torch.is_grad_enabled():
             return super().compute_loss(
                 model,
                 inputs,
@@ -180,17 +238,14 @@ class SophiaTrainerMixin:
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        head = self.sophia_head(unwrapped, kept, outputs)
-        if self._checked_model is not unwrapped and labels_are_aligned(
-            unwrapped, head, kept, outputs, num_items_in_batch
-        ):
-            self._checked_model = unwrapped
-        self._refresh.add(head)
+        head = self._checked_head(self._unwrapped(model), kept, outputs, num_items_in_batch)
+        self._refresh.add_logits(head, retain_graph=True)
         return (loss, outputs) if return_outputs else loss
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
         """Give the optimizer the step's estimate, or leave this refresh out and say why."""
+        if self.accelerator.num_processes > 1:
+            refresh.all_reduce()
         count = refresh.count
         if count == 0:
             self._warn_once(

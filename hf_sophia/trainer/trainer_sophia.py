@@ -1,10 +1,12 @@
 """Sophia as the Trainer builds it."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.base import comparable
+from hf_sophia.optim.validation import check_fraction
 
 logger = logging.getLogger(__name__)
 
@@ -13,10 +15,31 @@ class TrainerSophia(Sophia):
     """Sophia under a Trainer: no step without its Hessian, and the options asked for on resume.
 
     A stock `Trainer` never refreshes the Hessian, so what the bare optimizer warns of is an error.
+
+    Args:
+        params: As for `Sophia`.
+        hessian_batch_fraction: The share of the batch, in (0, 1], whose logits come from a forward
+            pass for the Hessian alone; None: the Trainer chooses.
+        **options: As for `Sophia`.
+
+    Raises:
+        ValueError, TypeError: As for `Sophia`.
     """
 
     #: Options that a resumed run takes from its own arguments; lr belongs to the scheduler.
     _asked_for = ("betas", "eps", "rho", "weight_decay", "k", "hessian_computation_type")
+
+    def __init__(
+        self, params: Iterable[Any], *, hessian_batch_fraction: float | None = None, **options: Any
+    ) -> None:
+        if hessian_batch_fraction is not None:
+            check_fraction("hessian_batch_fraction", hessian_batch_fraction)
+        self.hessian_batch_fraction = hessian_batch_fraction
+        super().__init__(params, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep."""
+        return {**super().__getstate__(), "hessian_batch_fraction": self.hessian_batch_fraction}
 
     def _on_missed_refresh(self, due_step: int) -> None:
         raise RuntimeError(

@@ -195,7 +195,9 @@ def test_label_noise_is_asked_for_by_step_rank_and_micro_batch(
     logits = tiny_gpt2()(torch.zeros(1, 4, dtype=torch.long)).logits
     refresh = refresh_module.HessianRefresh([], seed=1, step=2, rank=3)
     with pytest.raises(ValueError, match="no parameter"):
-        refresh.add(HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)))
+        refresh.add_logits(
+            HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)), retain_graph=False
+        )
     assert asked[-1] == (1, 2, 3, 0)
 
 

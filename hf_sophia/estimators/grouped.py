@@ -1,0 +1,70 @@
+"""What estimators share: sums over groups of predictions, over how many there are."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import distributed
+
+
+class GroupedEstimate:
+    """A diagonal summed over groups of predictions, and the number of predictions.
+
+    Args:
+        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        self._params = list(dict.fromkeys(p for p in params if p.requires_grad))
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._count: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of predictions so far, B in all; reading it syncs the device."""
+        return 0 if self._count is None else int(self._count)
+
+    def _check_params(self) -> None:
+        if not self._params:
+            raise ValueError("params holds no parameter that requires a gradient")
+
+    def _sum_of(self, param: torch.Tensor) -> torch.Tensor:
+        """Return the parameter's sum, made of zeros in fp32 at least where it has none yet."""
+        if param not in self._sums:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            self._sums[param] = torch.zeros_like(param, dtype=dtype)
+        return self._sums[param]
+
+    def _add_count(self, count: torch.Tensor) -> None:
+        self._count = count if self._count is None else self._count + count
+
+    @torch.no_grad()
+    def all_reduce(self) -> None:
+        """Add up sums and counts over the processes of torch's default group.
+
+        Every process calls it once, with the same parameters; then all hold the same estimate.
+        """
+        self._check_params()
+        if self._count is None:
+            self._count = torch.zeros((), dtype=torch.long, device=self._params[0].device)
+        distributed.all_reduce(self._count)
+        for param in self._params:
+            distributed.all_reduce(self._sum_of(param))
+
+    @torch.no_grad()
+    def estimate(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Return the estimate of every parameter and forget the groups.
+
+        Returns:
+            `{parameter: hhat}`, shaped like the parameter, in fp32 at least; zeros where no graph
+            reached.
+
+        Raises:
+            ValueError: No prediction counted.
+        """
+        if self.count == 0:
+            raise ValueError("no prediction counts: every target is -100, so there is no estimate")
+        result = {param: self._sum_of(param) for param in self._params}
+        for total in result.values():
+            total.div_(self._count.to(total.device))
+        self._sums, self._count = {}, None
+        return result

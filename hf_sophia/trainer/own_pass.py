@@ -1,0 +1,176 @@
+"""A forward pass for the Hessian alone, on a share of the batch, that training does not notice."""
+
+import functools
+import inspect
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_sophia.estimators.likelihoods import IGNORE_INDEX
+from hf_sophia.trainer.heads import base_model, shifts_labels
+
+
+class BatchShare:
+    """Takes a share of a step's examples, spread over its micro-batches.
+
+    After each micro-batch `ceil(fraction * seen)` examples have been taken, so that the first one
+    gives at least one and a fraction that is smaller than one example a micro-batch skips some.
+
+    Args:
+        fraction: The share of the examples, in (0, 1].
+    """
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction, self._seen, self._taken = fraction, 0, 0
+
+    def take(self, inputs: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any] | None:
+        """Return a random part of a micro-batch, or None where none of it is needed.
+
+        A batch that can't be cut along the first dimension of all its tensors, a packed one for
+        instance, is taken whole, and later ones are skipped for it.
+
+        Args:
+            inputs: The micro-batch.
+            generator: Source of the choice, on the CPU: batches may be sorted.
+        """
+        rows = _rows(inputs)
+        self._seen += rows
+        # 0.1 * 30 is a little more than 3.
+        wanted = math.ceil(self._fraction * self._seen - 1e-9) - self._taken
+        if wanted <= 0:
+            return None
+        if wanted >= rows or not _divisible(inputs, rows):
+            self._taken += rows
+            return dict(inputs)
+        self._taken += wanted
+        chosen = torch.randperm(rows, generator=generator)[:wanted].sort().values
+        return {
+            name: value[chosen.to(value.device)] if _is_batched(value) else value
+            for name, value in inputs.items()
+        }
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    """The number of examples: the first dimension of the first tensor that has one."""
+    return next((len(value) for value in inputs.values() if _is_batched(value)), 1)
+
+
+def _divisible(inputs: Mapping[str, Any], rows: int) -> bool:
+    """Whether the first dimension of every tensor counts examples."""
+    for name, value in inputs.items():
+        # Multimodal models have three positions a token, and put these first.
+        three_positions = name == "position_ids" and _is_batched(value) and value.dim() == 3
+        nested = isinstance(value, (Mapping, list, tuple))
+        if nested or three_positions or (_is_batched(value) and len(value) != rows):
+            return False
+    return True
+
+
+def count_predictions(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | int:
+    """Count the labels that a model's mean loss is taken over; without such labels, the examples.
+
+    Args:
+        model: The unwrapped model; says whether the first label of a row is predicted.
+        inputs: The micro-batch.
+    """
+    shifted = inputs.get("shift_labels") is not None
+    labels = inputs["shift_labels"] if shifted else inputs.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return _rows(inputs)
+    if not shifted and labels.dim() > 1 and shifts_labels(model):
+        labels = labels[..., 1:]
+    return (labels != IGNORE_INDEX).sum()
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
+    """Run a pass through a model and leave no trace of it in the training run.
+
+    Random numbers inside come from generators seeded here; those of Python, NumPy, torch's CPU and
+    the model's devices are as before afterwards, and so are the buffers (running statistics).
+
+    Args:
+        model: The unwrapped model.
+        seed: Seeds the dropout of this pass.
+    """
+    python, arrays = random.getstate(), numpy.random.get_state()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    with ExitStack() as forks:
+        forks.enter_context(torch.random.fork_rng(devices=[]))
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            fork = torch.random.fork_rng(devices=[device], device_type=device.type)
+            forks.enter_context(fork)
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def reentrant_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules that transformers has set to reentrant gradient checkpointing."""
+    return [
+        module
+        for module in model.modules()
+        if vars(module).get("gradient_checkpointing")
+        and isinstance(func := vars(module).get("_gradient_checkpointing_func"), functools.partial)
+        and func.keywords.get("use_reentrant")
+    ]
+
+
+@contextmanager
+def without_reentrance(model: torch.nn.Module) -> Iterator[None]:
+    """Let modules with reentrant gradient checkpointing use the other form, which has a graph.
+
+    Args:
+        model: The unwrapped model.
+    """
+    modules = reentrant_modules(model)
+    held = [module._gradient_checkpointing_func for module in modules]
+    try:
+        for module, func in zip(modules, held, strict=True):
+            module._gradient_checkpointing_func = functools.partial(func, use_reentrant=False)
+        yield
+    finally:
+        for module, func in zip(modules, held, strict=True):
+            module._gradient_checkpointing_func = func
+
+
+#: Arguments of forward passes that may make a fused loss without logits, Liger's and TRL's, and
+#: the values that ask for logits.
+_ASKING_FOR_LOGITS = {"skip_logits": False, "fused_lm_head": False}
+
+
+def asking_for_logits(model: torch.nn.Module) -> dict[str, bool]:
+    """Return the arguments that make a forward pass with a fused loss return logits too.
+
+    Args:
+        model: The unwrapped model.
+    """
+    known = inspect.signature(base_model(model).forward).parameters
+    return {name: value for name, value in _ASKING_FOR_LOGITS.items() if name in known}
+
+
+def twice_differentiable_attention() -> Any:
+    """Return a context whose attention has a second derivative; the fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH)

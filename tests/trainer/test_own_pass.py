@@ -1,0 +1,290 @@
+"""The forward pass for the Hessian alone: the same estimate, and training does not notice it."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.data import default_collate
+from transformers import GPT2LMHeadModel, Trainer
+
+from hf_sophia import SophiaTrainer, gauss_newton_bartlett
+from hf_sophia.trainer.heads import causal_lm
+from hf_sophia.trainer.noise import Place, label_noise, noise_seed
+from hf_sophia.trainer.own_pass import BatchShare, reentrant_modules, undisturbed
+
+from .runs import Recorder, dataset, first_hessian, hessians_of, run, sophia_of
+
+WHOLE = "rho=0.2,k=10,hessian_batch_fraction=1.0"
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def assert_equal(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> None:
+    for one, other in zip(expected, actual, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_on_the_whole_batch_it_is_the_kept_graphs_estimate(accumulation, tiny_gpt2, tmp_path):
+    options = {"gradient_accumulation_steps": accumulation}
+    expected = first_hessian(tiny_gpt2, tmp_path, **options)
+    actual = first_hessian(tiny_gpt2, tmp_path, optim_args=WHOLE, **options)
+    assert_equal(expected, actual)
+
+
+def test_a_share_is_estimated_by_hand(tiny_gpt2, tmp_path) -> None:
+    model, data = tiny_gpt2(), dataset(8, ignored=0.2)
+    trainer = run(
+        tiny_gpt2(),
+        tmp_path,
+        data=data,
+        seed=3,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        optim_args="rho=0.2,hessian_batch_fraction=0.5",
+        train_sampling_strategy="sequential",
+    )
+    order = torch.Generator().manual_seed(noise_seed(Place(3, 0, 0, 0), "rows"))
+    rows = torch.randperm(8, generator=order)[:4].sort().values.tolist()
+    assert rows != [0, 1, 2, 3]
+    batch = default_collate([data[row] for row in rows])
+    outputs = model(**batch)
+    head = causal_lm(model, batch, outputs)
+    expected = gauss_newton_bartlett(
+        head.logits,
+        model.parameters(),
+        targets=head.targets,
+        generator=label_noise(3, 0, 0, 0),
+    )
+    for estimate, param in zip(expected.values(), trainer.model.parameters(), strict=True):
+        hessian = sophia_of(trainer).state[param]["hessian"]
+        torch.testing.assert_close(hessian, 0.05 * estimate, rtol=1e-5, atol=1e-9)
+    counted = trainer.state.log_history[0]["sophia/hessian_tokens"]
+    assert counted == (head.targets != -100).sum()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "sizes", "taken"),
+    [
+        (0.25, [4, 4], [1, 1]),
+        (0.25, [1] * 8, [1, 0, 0, 0, 1, 0, 0, 0]),
+        (0.1, [30], [3]),
+        (0.1, [3, 3, 3, 1], [1, 0, 0, 0]),
+        (1.0, [5, 2], [5, 2]),
+        (0.01, [2], [1]),
+    ],
+)
+def test_the_share_is_spread_over_micro_batches(fraction, sizes, taken) -> None:
+    share, source = BatchShare(fraction), generator()
+    counts = []
+    for size in sizes:
+        part = share.take({"labels": torch.arange(size), "use_cache": False}, source)
+        counts.append(0 if part is None else len(part["labels"]))
+        if part is not None:
+            assert part["use_cache"] is False
+            assert len(set(part["labels"].tolist())) == counts[-1]
+    assert counts == taken
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"cu_seq_lens_q": torch.tensor([0, 3, 8])},
+        {"position_ids": torch.zeros(3, 4, 5)},
+        {"position_ids": torch.zeros(4, 4, 5)},
+        {"images": [torch.zeros(2)]},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_a_batch_that_cannot_be_cut_is_taken_whole(extra) -> None:
+    inputs = {"input_ids": torch.zeros(4, 5), **extra}
+    share, source = BatchShare(0.5), generator()
+    assert share.take(inputs, source) == inputs
+    assert share.take({"input_ids": torch.zeros(4, 5)}, source) is None
+    assert len(share.take({"input_ids": torch.zeros(4, 5)}, source)["input_ids"]) == 2
+
+
+def test_rows_stay_together() -> None:
+    inputs = {"a": torch.arange(10), "b": torch.arange(10) * 2, "scalar": torch.tensor(5)}
+    part = BatchShare(0.3).take(inputs, generator())
+    assert len(part["a"]) == 3
+    assert torch.equal(part["b"], 2 * part["a"])
+    assert part["scalar"] == 5
+
+
+@pytest.mark.parametrize("kind", ["gnb", "hutchinson"])
+def test_losses_and_gradients_are_those_of_a_run_with_adamw(kind, tiny_gpt2, tmp_path) -> None:
+    histories = []
+    own = f"k=2,hessian_batch_fraction=0.5,hessian_computation_type={kind}"
+    for optim, optim_args in (("sophia", own), ("adamw_torch", None)):
+        trainer = run(
+            tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2),
+            tmp_path,
+            optim=optim,
+            optim_args=optim_args,
+            learning_rate=0.0,
+            gradient_accumulation_steps=2,
+            max_steps=6,
+            neftune_noise_alpha=5.0,
+        )
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        histories.append([(entry["loss"], entry["grad_norm"]) for entry in logs])
+    assert histories[0] == histories[1]
+
+
+class Noisy(torch.nn.Module):
+    """Uses every source of randomness, and a buffer that its forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x, labels):
+        noise = torch.rand(()) + random.random() + numpy.random.rand()
+        logits = self.layer(functional.dropout(self.norm(x), 0.5)) * noise
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_every_stream_and_buffer_is_as_before() -> None:
+    model, x, labels = Noisy(), torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+
+    def draws() -> list[float]:
+        return [torch.rand(()).item(), random.random(), float(numpy.random.rand())]
+
+    def buffers() -> list[torch.Tensor]:
+        return [buffer.clone() for buffer in model.buffers()]
+
+    results = []
+    for use in (False, True):
+        torch.manual_seed(1)
+        random.seed(1)
+        numpy.random.seed(1)
+        held = buffers()
+        if use:
+            with undisturbed(model, 5):
+                first = model(x, labels)["loss"].item()
+                assert not torch.equal(buffers()[0], held[0])
+            with undisturbed(model, 5):
+                assert model(x, labels)["loss"].item() == first
+            with undisturbed(model, 6):
+                assert model(x, labels)["loss"].item() != first
+        assert_equal(held, buffers())
+        results.append(draws())
+    assert results[0] == results[1]
+
+
+def test_the_pass_trains_the_model_after_an_evaluation_too(tiny_gpt2, tmp_path) -> None:
+    modes = []
+
+    class Watching(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            modes.append(model.training)
+            return super().sophia_head(model, inputs, outputs)
+
+    run(
+        tiny_gpt2(),
+        tmp_path,
+        trainer_class=Watching,
+        optim_args="k=2,hessian_batch_fraction=0.5",
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        extra={"eval_dataset": dataset(4)},
+    )
+    assert modes == [True, True]
+
+
+def checkpointing(reentrant: bool) -> dict:
+    return {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+
+
+def test_checkpointing_without_reentrance_keeps_the_graph(tiny_gpt2, tmp_path) -> None:
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    trainer = run(tiny_gpt2(), tmp_path, max_steps=1, **checkpointing(False))
+    assert trainer._plan.fraction is None
+    for one, other in zip(expected, hessians_of(trainer), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_reentrant_checkpointing_gets_a_pass_of_its_own(tiny_gpt2, tmp_path) -> None:
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    actual = first_hessian(tiny_gpt2, tmp_path, optim_args=WHOLE, **checkpointing(True))
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other)
+    model = tiny_gpt2()
+    trainer = run(model, tmp_path, max_steps=2, **checkpointing(True))
+    assert trainer._plan.fraction == 0.25
+    assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 11
+    assert len(reentrant_modules(model)) == 3
+
+
+def test_reentrant_checkpointing_outside_transformers_is_explained(tiny_gpt2, tmp_path) -> None:
+    class Checkpointed(GPT2LMHeadModel):
+        def forward(self, input_ids, labels):
+            embedded = self.transformer.wte(input_ids)
+            logits = torch.utils.checkpoint.checkpoint(
+                lambda x: self.lm_head(x.tanh()), embedded, use_reentrant=True
+            )
+            return {"loss": self.loss_function(logits, labels, 37), "logits": logits}
+
+    model = Checkpointed(tiny_gpt2().config)
+    with pytest.raises(RuntimeError, match="with use_reentrant=False"):
+        run(model, tmp_path)
+
+
+class Fused(GPT2LMHeadModel):
+    """Makes no logits in training unless it is told to, as Liger's models."""
+
+    def forward(self, *args, labels=None, skip_logits=None, **kwargs):
+        skip = skip_logits if skip_logits is not None else self.training and labels is not None
+        outputs = super().forward(*args, labels=labels, **kwargs)
+        if skip:
+            outputs.logits = None
+        return outputs
+
+
+def test_a_fused_loss_is_asked_for_its_logits(tiny_gpt2, tmp_path) -> None:
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    recorder, model = Recorder(), Fused(tiny_gpt2().config)
+    model.load_state_dict(tiny_gpt2().state_dict())
+    options = {"max_steps": 3, "optim_args": f"{WHOLE},k=2".replace("k=10,", "")}
+    run(model, tmp_path, callback=recorder, remove_unused_columns=False, **options)
+    assert recorder.refreshed == [1, 3]
+    assert_equal(expected, recorder.hessians[1])
+
+
+def test_a_compute_loss_of_any_kind_works_beside_it(tiny_gpt2, tmp_path) -> None:
+    class Weighted(SophiaTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss = 3.0 * model(**inputs).loss
+            return (loss, None) if return_outputs else loss
+
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    options = {"trainer_class": Weighted, "optim_args": WHOLE}
+    assert_equal(expected, first_hessian(tiny_gpt2, tmp_path, **options))
+
+
+def test_a_stock_trainer_takes_the_option_and_still_stops(tiny_gpt2, tmp_path) -> None:
+    with pytest.raises(RuntimeError, match="hf_sophia.SophiaTrainer instead of"):
+        run(tiny_gpt2(), tmp_path, trainer_class=Trainer, optim_args=WHOLE)
+
+
+@pytest.mark.gpu
+def test_the_accelerators_stream_is_as_before() -> None:
+    model = Noisy().cuda()
+    states = []
+    for use in (False, True):
+        torch.manual_seed(1)
+        if use:
+            with undisturbed(model, 5):
+                torch.rand(3, device="cuda")
+        states.append(torch.rand(3, device="cuda"))
+    assert torch.equal(*states)
