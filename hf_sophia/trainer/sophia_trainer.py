@@ -47,17 +47,19 @@ class SophiaTrainerMixin:
     Adds to the logs: `sophia/clip_fraction` (share of coordinates clipped in the last step),
     `sophia/hessian_norm` (L2 norm of h) and `sophia/hessian_tokens` (B of the last refresh).
 
-    Runs on one process so far; other set-ups are refused before the first step.
+    Where the graph of the training pass can't be used, and on request (`hessian_batch_fraction`), a
+    forward pass of its own takes a share of the batch. Runs on one process or with plain
+    DistributedDataParallel; other set-ups are refused before the first step.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._plan: HessianPlan | None = None
-        self._refresh: HessianRefresh | None = None
-        self._share: BatchShare | None = None
-        self._hessian_tokens: int | None = None
-        self._checked_model: torch.nn.Module | None = None
-        self._warned_causes: set[str] = set()
-        super().__init__(*args, **kwargs)
+    # The state of a run, on the class: there is no constructor, so that a Trainer that was made
+    # without the mixin can take it on.
+    _plan: HessianPlan | None = None
+    _refresh: HessianRefresh | None = None
+    _share: BatchShare | None = None
+    _hessian_tokens: int | None = None
+    _checked_model: torch.nn.Module | None = None
+    _warned_causes: frozenset[str] = frozenset()
 
     @property
     def _sophia(self) -> Sophia | None:
@@ -271,7 +273,7 @@ class SophiaTrainerMixin:
 
     def _warn_once(self, cause: str, message: str, *values: Any) -> None:
         if cause not in self._warned_causes:
-            self._warned_causes.add(cause)
+            self._warned_causes |= {cause}
             logger.warning(message, *values)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
