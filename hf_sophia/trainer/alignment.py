@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from hf_sophia.estimators import mean_nll
+from hf_sophia.estimators.likelihoods import IGNORE_INDEX
 from hf_sophia.trainer.heads import HeadOutput, base_model, shifts_labels
 
 
@@ -96,4 +98,7 @@ def _loss_of_labels(
     labels = inputs.get("labels")
     if labels is None or not shifts_labels(model):
         return None
-    return model.loss_function(logits=head.logits, labels=labels, vocab_size=head.logits.shape[-1])
+    positions, classes = head.logits.shape[-2:]
+    # Prompt tuning's own positions come first and have no labels.
+    labels = functional.pad(labels, (positions - labels.shape[-1], 0), value=IGNORE_INDEX)
+    return model.loss_function(logits=head.logits, labels=labels, vocab_size=classes)

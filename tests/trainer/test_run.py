@@ -1,9 +1,6 @@
 """The launcher: scripts of the shape of HF's examples, unmodified, really refresh the Hessian."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,25 +12,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_sophia import SophiaTrainer, SophiaTrainerMixin
 from hf_sophia.trainer import injection
 
+from .processes import PYTHON, execute, torchrun
 from .runs import arguments, dataset
 
 SCRIPTS = Path(__file__).parent / "scripts"
 BIN = Path(sys.executable).parent
-PYTHON = [sys.executable]
 LAUNCHED = [sys.executable, "-m", "hf_sophia.run"]
 COMMAND = [str(BIN / "hf-sophia"), "run"]
-
-
-def execute(command: list, *, cwd: Path | None = None, **environment: str):
-    return subprocess.run(
-        [str(piece) for piece in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
 
 
 def options(output: Path, **changes) -> list[str]:
@@ -129,27 +114,9 @@ def test_a_trainer_of_the_scripts_own(tmp_path) -> None:
     assert metrics["eval_losses"] == 8 + 1
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.mark.parametrize("script", ["run_clm.py", "run_qa.py"])
 def test_two_processes_under_torchrun(script, tmp_path) -> None:
-    launcher = [
-        *PYTHON,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        2,
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        free_port(),
-        "-m",
-        "hf_sophia.run",
-    ]
+    launcher = [*torchrun(2), "-m", "hf_sophia.run"]
     changes = {"do_train": True} if script == "run_clm.py" else {}
     result = execute([*launcher, SCRIPTS / script, *options(tmp_path / "out", **changes)])
     assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@ from hf_sophia.trainer import refresh as refresh_module
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.refresh import label_noise
 
+from .by_hand import exact_step_estimate
 from .runs import Recorder, dataset, first_hessian, hessians_of, run, sophia_of
 
 
@@ -36,28 +37,6 @@ def test_thirty_steps_with_accumulation(tiny_gpt2, tmp_path) -> None:
         assert hessian.isfinite().all()
 
 
-def exact_step_estimate(model, batches, seed: int, step: int) -> list[torch.Tensor]:
-    """ĥ = Σ G² / Σ B by hand: sampled labels found from the cotangent, losses through autograd."""
-    from hf_sophia.estimators import sampled_cotangent
-
-    params = list(model.parameters())
-    squares, count = [torch.zeros_like(p) for p in params], 0
-    for index, batch in enumerate(batches):
-        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-        targets = batch["labels"][:, 1:]
-        padded = torch.full_like(batch["labels"], -100)
-        padded[:, :-1] = targets
-        full = torch.cat([logits.detach(), logits.detach()[:, -1:]], dim=1)
-        noise = label_noise(seed, step, 0, index)
-        labels = sampled_cotangent(full, padded, generator=noise)[0].argmin(-1)[:, :-1]
-        counted = targets != -100
-        loss = functional.cross_entropy(logits[counted], labels[counted], reduction="sum")
-        for square, grad in zip(squares, torch.autograd.grad(loss, params), strict=True):
-            square += grad**2
-        count += int(counted.sum())
-    return [square / count for square in squares]
-
-
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_estimate_is_the_one_made_by_hand(accumulation, tiny_gpt2, tmp_path) -> None:
     model = tiny_gpt2()
@@ -77,7 +56,7 @@ def test_the_estimate_is_the_one_made_by_hand(accumulation, tiny_gpt2, tmp_path)
         torch.utils.data.default_collate(data[i : i + 16 // accumulation])
         for i in range(0, 16, 16 // accumulation)
     ]
-    by_hand = exact_step_estimate(start, rows, seed=5, step=0)
+    by_hand = exact_step_estimate(start, {(0, i): row for i, row in enumerate(rows)}, seed=5)
     for param, expected in zip(model.parameters(), by_hand, strict=True):
         h = sophia_of(trainer).state[param]["hessian"]
         # h starts at 0, so after one refresh it is (1 - beta2) of the estimate.

@@ -1,0 +1,33 @@
+"""Programs that the tests start."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+PYTHON = [sys.executable]
+
+
+def execute(
+    command: list, *, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, on one thread a process."""
+    return subprocess.run(
+        [str(piece) for piece in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def torchrun(processes: int) -> list:
+    """Return the command that starts what follows it in several processes of this machine."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    address = ["--master_addr", "127.0.0.1", "--master_port", port]
+    return [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", processes, *address]
