@@ -13,8 +13,11 @@ from .runs import Recorder, run, sophia_of
 ACCUMULATION, ROWS, STEPS = 2, 3, 4
 
 
+@pytest.mark.parametrize("own_pass", [False, True], ids=["kept", "own"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_four_steps_refresh_every_parameter_that_the_batch_reaches(case, tmp_path) -> None:
+def test_four_steps_refresh_every_parameter_that_the_batch_reaches(
+    case, own_pass, tmp_path
+) -> None:
     model = case.make()
     start = {name: value.clone() for name, value in model.named_parameters()}
     recorder = Recorder()
@@ -23,7 +26,7 @@ def test_four_steps_refresh_every_parameter_that_the_batch_reaches(case, tmp_pat
         tmp_path,
         data=case.rows(ACCUMULATION * ROWS),
         callback=recorder,
-        optim_args="rho=0.2,k=2",
+        optim_args="rho=0.2,k=2" + ",hessian_batch_fraction=1.0" * own_pass,
         weight_decay=0.0,
         learning_rate=1e-3,
         max_steps=STEPS,

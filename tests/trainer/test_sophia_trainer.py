@@ -69,6 +69,7 @@ def my_loss(outputs, labels, num_items_in_batch=None):
     return 7.0 * functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.parametrize("own_pass", ["", ",hessian_batch_fraction=1.0"], ids=["kept", "own"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,9 +83,12 @@ def my_loss(outputs, labels, num_items_in_batch=None):
     ],
     ids=str,
 )
-def test_what_must_not_matter_leaves_the_hessian_bit_for_bit(options, tiny_gpt2, tmp_path) -> None:
+def test_what_must_not_matter_leaves_the_hessian_bit_for_bit(
+    options, own_pass, tiny_gpt2, tmp_path
+) -> None:
     expected = first_hessian(tiny_gpt2, tmp_path)
-    for one, other in zip(expected, first_hessian(tiny_gpt2, tmp_path, **options), strict=True):
+    changed = first_hessian(tiny_gpt2, tmp_path, optim_args=f"rho=0.2,k=10{own_pass}", **options)
+    for one, other in zip(expected, changed, strict=True):
         assert torch.equal(one, other)
 
 
@@ -98,6 +102,21 @@ def test_num_items_in_batch_does_not_matter(tiny_gpt2, tmp_path) -> None:
     other = first_hessian(tiny_gpt2, tmp_path, trainer_class=Miscounting)
     for one, two in zip(expected, other, strict=True):
         assert torch.equal(one, two)
+
+
+def test_the_loss_scale_does_not_matter(tiny_gpt2, tmp_path) -> None:
+    class Scaled(SophiaTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            # What a GradScaler does to the loss, with a scale that is not exact.
+            self.accelerator.backward = lambda loss, **kwargs: (loss * 1000.1).backward(**kwargs)
+
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    for own in ("rho=0.2", "rho=0.2,hessian_batch_fraction=1.0"):
+        scaled = run(tiny_gpt2(), tmp_path, trainer_class=Scaled, optim_args=own, max_steps=1)
+        assert scaled.state.log_history[0]["grad_norm"] > 500
+        for one, two in zip(expected, hessians_of(scaled), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_refreshes_leave_the_training_gradient_alone(tiny_gpt2, tmp_path) -> None:
