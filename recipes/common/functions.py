@@ -164,7 +164,7 @@ def _hold_out_files(files: dict[str, list[dict[str, str]]]) -> dict[str, list[di
 def _summary(docstring: str) -> str:
     """Return the first sentence, or nothing where it is too short or too long to be one."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.!?]) ", paragraph)[0]
+    sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
     fits = len(sentence.split()) >= _MIN_WORDS and len(sentence) <= _MAX_CHARACTERS
     return sentence if fits else ""
 
