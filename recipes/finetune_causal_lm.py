@@ -13,6 +13,7 @@ them all.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.arguments import one_line_errors
 from common.evaluation import LanguageModelEvaluation
@@ -35,6 +36,9 @@ from transformers import (
 )
 
 import hf_sophia
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CONFIG = Path(__file__).parent / "configs" / "finetune_causal_lm.yaml"
 
@@ -81,14 +85,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         corpus = load_pairs(data_args, args.seed)
         tokenizer = load_tokenizer(model_args, corpus.documents["train"])
         encode = PromptEncoder(tokenizer, data_args)
-        model = prepare_model(model_args, lora_args, tokenizer, encode.length)
-    rows = corpus.documents.map(
-        encode, batched=True, remove_columns=["source", "target"], desc="Tokenizing"
-    )
-    print(
-        f"{corpus.name}: {len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to"
-        f" evaluate on; {describe(model, model_args.model_name_or_path)}"
-    )
+        model = load_model(
+            model_args,
+            AutoModelForCausalLM,
+            lambda: make_gpt2(model_args, tokenizer, encode.length),
+            encode.length,
+        )
+        count_shifted_labels(model)
+        if lora_args.lora_r:
+            model = add_adapters(model, lora_args, model_args.model_name_or_path)
+    rows = corpus.encode(encode)
+    print(f"{corpus}; {describe(model, model_args.model_name_or_path)}")
 
     trainer = hf_sophia.SophiaTrainer(
         model,
@@ -143,45 +150,33 @@ class PromptEncoder:
         return encoded
 
 
-def prepare_model(
-    model_args: ModelArguments,
-    lora_args: LoraArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-) -> PreTrainedModel:
-    """Load a model, under adapters if they are wanted, or make a small GPT-2.
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments, path: str | None) -> "PeftModel":
+    """Put trainable adapters on a model whose own weights stay as they are.
 
     Args:
-        model_args: The path of a pretrained model, or the shape of a fresh one.
-        lora_args: The adapters.
-        tokenizer: Gives the vocabulary of a fresh model.
-        length: Tokens in the longest example.
+        model: The model.
+        arguments: The adapters.
+        path: Where its weights came from; None: they are fresh.
 
     Returns:
-        The model, in fp32.
+        The model under adapters.
 
     Raises:
-        ValueError: It can't be loaded, or adapters are wanted and can't be had.
+        ValueError: PEFT is not installed, or the weights are fresh.
     """
-    if model_args.model_name_or_path is None:
-        if lora_args.lora_r:
-            raise ValueError(
-                f"lora_r={lora_args.lora_r} adapts weights that stay as they are, and fresh ones"
-                " know nothing; give --model_name_or_path, or train all weights with --lora_r 0"
-            )
-        return make_gpt2(model_args, tokenizer, length)
-    model = load_model(AutoModelForCausalLM, model_args.model_name_or_path, length)
-    count_shifted_labels(model)
-    if lora_args.lora_r == 0:
-        return model
+    if path is None:
+        raise ValueError(
+            f"lora_r={arguments.lora_r} adapts weights that stay as they are, and fresh ones know"
+            " nothing; give --model_name_or_path, or train all weights with --lora_r 0"
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError(f"lora_r={lora_args.lora_r} needs PEFT: pip install peft") from error
+        raise ValueError(f"lora_r={arguments.lora_r} needs PEFT: pip install peft") from error
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora_args.lora_r,
-        lora_alpha=lora_args.lora_alpha or 2 * lora_args.lora_r,
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_r,
     )
     return get_peft_model(model, config)
 

@@ -18,7 +18,14 @@ from common.arguments import one_line_errors
 from common.data import DataArguments, hold_out, load_data
 from common.functions import write_packages
 from common.labels import Labels, encode_labels
-from common.models import ModelArguments, ShapeArguments, describe, load_model, load_tokenizer
+from common.models import (
+    ModelArguments,
+    ShapeArguments,
+    describe,
+    load_model,
+    load_tokenizer,
+    vocabulary,
+)
 from common.runs import report, start, train_and_save
 from transformers import (
     AutoModelForSequenceClassification,
@@ -63,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         The evaluation's metrics.
     """
     model_args, data_args, args, resume = start(ARGUMENTS, argv, CONFIG)
-    path, length = model_args.model_name_or_path, data_args.max_length
+    length = data_args.max_length
     with one_line_errors():
         corpus = load_data(
             data_args,
@@ -75,27 +82,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         corpus, labels = encode_labels(corpus)
         texts = corpus.documents["train"].select_columns(["text"])
         tokenizer = load_tokenizer(model_args, texts)
-        if path is None:
-            model = make_modern_bert(model_args, tokenizer, labels, length)
-        else:
-            model = load_model(
-                AutoModelForSequenceClassification,
-                path,
-                length,
-                ignore_mismatched_sizes=True,  # the head of another task
-                **labels.model_options(),
-            )
-            model.config.pad_token_id = tokenizer.pad_token_id
-    rows = corpus.documents.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=length),
-        batched=True,
-        remove_columns=["text"],
-        desc="Tokenizing",
-    )
-    print(
-        f"{corpus.name}: {len(rows['train']):,} rows to train on, {len(rows['validation']):,} to"
-        f" evaluate on; {labels}; {describe(model, path)}"
-    )
+        model = load_model(
+            model_args,
+            AutoModelForSequenceClassification,
+            lambda: make_modern_bert(model_args, tokenizer, labels, length),
+            length,
+            ignore_mismatched_sizes=True,  # the head of another task
+            **labels.model_options(),
+        )
+        model.config.pad_token_id = tokenizer.pad_token_id
+    rows = corpus.encode(lambda batch: tokenizer(batch["text"], truncation=True, max_length=length))
+    print(f"{corpus}; {labels}; {describe(model, model_args.model_name_or_path)}")
 
     trainer = hf_sophia.SophiaTrainer(
         model,
@@ -129,7 +126,7 @@ def make_modern_bert(
         The model, in fp32.
     """
     config = ModernBertConfig(
-        vocab_size=len(tokenizer),
+        **vocabulary(tokenizer),
         hidden_size=shape.n_embd,
         num_hidden_layers=shape.n_layer,
         num_attention_heads=shape.n_head,
@@ -140,9 +137,6 @@ def make_modern_bert(
         attention_dropout=shape.dropout,
         mlp_dropout=shape.dropout,
         classifier_dropout=shape.dropout,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         cls_token_id=None,
         sep_token_id=None,
         **labels.model_options(),

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from common.arguments import one_line_errors
-from common.models import ModelArguments, ShapeArguments, describe, load_model, load_tokenizer
+from common.models import (
+    ModelArguments,
+    ShapeArguments,
+    describe,
+    load_model,
+    load_tokenizer,
+    vocabulary,
+)
 from common.pairs import PairArguments, load_pairs
 from common.runs import report, start, train_and_save
 from common.tokenization import END_OF_TEXT
@@ -47,17 +54,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         The evaluation's metrics.
     """
     model_args, data_args, args, resume = start(ARGUMENTS, argv, CONFIG)
-    path = model_args.model_name_or_path
     with one_line_errors():
         corpus = load_pairs(data_args, args.seed)
         tokenizer = load_tokenizer(
             model_args, corpus.documents["train"], template=f"$A {END_OF_TEXT}"
         )
-        if path is None:
-            model = make_t5(model_args, tokenizer)
-        else:
-            longest = max(data_args.max_source_length, data_args.max_target_length)
-            model = load_model(AutoModelForSeq2SeqLM, path, longest)
+        model = load_model(
+            model_args,
+            AutoModelForSeq2SeqLM,
+            lambda: make_t5(model_args, tokenizer),
+            max(data_args.max_source_length, data_args.max_target_length),
+        )
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         sources = tokenizer(
@@ -68,13 +75,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
         return {**sources, "labels": targets["input_ids"]}
 
-    rows = corpus.documents.map(
-        encode, batched=True, remove_columns=["source", "target"], desc="Tokenizing"
-    )
-    print(
-        f"{corpus.name}: {len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to"
-        f" evaluate on; {describe(model, path)}"
-    )
+    rows = corpus.encode(encode)
+    print(f"{corpus}; {describe(model, model_args.model_name_or_path)}")
 
     if args.generation_max_length is None:
         args.generation_max_length = data_args.max_target_length
@@ -108,16 +110,13 @@ def make_t5(
         The model, in fp32.
     """
     config = T5Config(
-        vocab_size=len(tokenizer),
+        **vocabulary(tokenizer),
         d_model=shape.n_embd,
         d_kv=shape.n_embd // shape.n_head,
         d_ff=4 * shape.n_embd,
         num_layers=shape.n_layer,
         num_heads=shape.n_head,
         dropout_rate=shape.dropout,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
     return T5ForConditionalGeneration(config)

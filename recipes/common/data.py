@@ -76,6 +76,23 @@ class Corpus:
     digest: str
     licence: str | None = None
 
+    def __str__(self) -> str:
+        """Say what it is and how large."""
+        train, validation = self.documents["train"], self.documents["validation"]
+        return f"{self.name}: {len(train):,} rows to train on, {len(validation):,} to evaluate on"
+
+    def encode(self, encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> DatasetDict:
+        """Turn the texts of both splits into tokens, a batch of rows at a time.
+
+        Args:
+            encode: Takes the columns and returns new ones, which replace all but `labels`.
+
+        Returns:
+            The splits.
+        """
+        texts = [name for name in self.documents["train"].column_names if name != "labels"]
+        return self.documents.map(encode, batched=True, remove_columns=texts, desc="Tokenizing")
+
 
 def load_data(
     arguments: DataArguments,

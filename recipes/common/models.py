@@ -1,5 +1,6 @@
 """Models and tokenizers: small ones made on the spot, or pretrained ones by path."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +83,19 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_model(auto: type, path: str, length: int, **options: Any) -> PreTrainedModel:
-    """Load a pretrained model, in fp32, that takes examples of a length.
+def load_model(
+    arguments: ModelArguments,
+    auto: type,
+    make: Callable[[], PreTrainedModel],
+    length: int,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load the pretrained model that the arguments name, in fp32, or make a fresh one.
 
     Args:
+        arguments: Name the model.
         auto: The class to load it with, such as `AutoModelForCausalLM`.
-        path: A model of the Hub or a folder.
+        make: Makes a fresh one where no model is named.
         length: Tokens in the longest example.
         **options: Passed on to `from_pretrained`.
 
@@ -97,6 +105,9 @@ def load_model(auto: type, path: str, length: int, **options: Any) -> PreTrained
     Raises:
         ValueError: It can't be loaded, or its window is too short.
     """
+    path = arguments.model_name_or_path
+    if path is None:
+        return make()
     model = _load(auto, path, dtype=torch.float32, **options)
     window = getattr(model.config, "max_position_embeddings", None)
     if window is not None and length > window:
@@ -121,7 +132,7 @@ def make_gpt2(
         The model, in fp32.
     """
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        **vocabulary(tokenizer),
         n_positions=n_positions,
         n_embd=shape.n_embd,
         n_layer=shape.n_layer,
@@ -129,11 +140,18 @@ def make_gpt2(
         resid_pdrop=shape.dropout,
         embd_pdrop=shape.dropout,
         attn_pdrop=shape.dropout,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     return count_shifted_labels(GPT2LMHeadModel(config))
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Return what a model's configuration takes from its tokenizer, as keyword arguments."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def count_shifted_labels(model: PreTrainedModel) -> PreTrainedModel:

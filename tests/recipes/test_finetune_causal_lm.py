@@ -46,7 +46,7 @@ def test_a_fresh_model_learns_saves_and_resumes(
     metrics = main(argv)
     output = tmp_path / "run"
     printed = capsys.readouterr().out
-    assert "76 pairs to train on, 4 to evaluate on; GPT2LMHeadModel" in printed
+    assert "76 rows to train on, 4 to evaluate on; GPT2LMHeadModel" in printed
     assert "fresh weights" in printed
     assert f"evaluation loss {metrics['eval_loss']:.4f}" in printed
     check_history(output)

@@ -19,7 +19,7 @@ def test_a_fresh_model_learns_saves_and_resumes(
     metrics = main(argv)
     output = tmp_path / "run"
     printed = capsys.readouterr().out
-    assert "76 pairs to train on, 4 to evaluate on; T5ForConditionalGeneration" in printed
+    assert "76 rows to train on, 4 to evaluate on; T5ForConditionalGeneration" in printed
     assert f"evaluation loss {metrics['eval_loss']:.4f} nats per token\n" in printed
     assert "eval_f1" not in metrics
     check_history(output)
