@@ -2,7 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
 
+import pretrain_gpt2
 import pytest
 import torch
 from common.models import ModelArguments, load_tokenizer
@@ -63,12 +65,28 @@ def test_a_fresh_model_learns_saves_and_resumes(
     assert same_weights(model, AutoModelForCausalLM.from_pretrained(output))
 
 
+@pytest.fixture
+def base(options, tmp_path) -> Path:
+    """What the pretraining recipe leaves behind, with a tokenizer that has no padding."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} times {i} is the square of {i}." for i in range(300)))
+    folder = tmp_path / "base"
+    pretrain_gpt2.main(options(train_file=text, output_dir=folder, block_size=56, max_steps=60))
+    return folder
+
+
 def test_adapters_train_save_and_load_on_their_base(
-    options, write_rows, check_history, tmp_path, capsys
+    base, options, write_rows, check_history, tmp_path, capsys
 ) -> None:
-    file, base = write_rows(PAIRS), tmp_path / "base"
-    main(options(train_file=file, output_dir=base, max_steps=2, eval_steps=2, **SIZES))
-    argv = options(train_file=file, model_name_or_path=base, lora_r=4, learning_rate=0.1, **SIZES)
+    file = write_rows(PAIRS)
+    argv = options(
+        train_file=file,
+        model_name_or_path=base,
+        lora_r=4,
+        learning_rate=0.02,
+        max_steps=24,
+        **SIZES,
+    )
     metrics = main(argv)
     output = tmp_path / "run"
     check_history(output)
@@ -89,16 +107,19 @@ def test_adapters_train_save_and_load_on_their_base(
     assert resumed["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
 
 
-def test_a_missing_peft_is_named(
-    options, write_rows, ends_in_one_line, tmp_path, monkeypatch
-) -> None:
-    file, base = write_rows(PAIRS), tmp_path / "base"
-    main(options(train_file=file, output_dir=base, max_steps=2, eval_steps=2, **SIZES))
+def test_a_missing_peft_is_named(base, options, write_rows, ends_in_one_line, monkeypatch) -> None:
+    file = write_rows(PAIRS)
     monkeypatch.setitem(sys.modules, "peft", None)
     argv = options(train_file=file, model_name_or_path=base, lora_r=4, **SIZES)
     ends_in_one_line(main, argv, "lora_r=4 needs PEFT: pip install peft")
+
+
+def test_examples_longer_than_the_window_are_named(
+    base, options, write_rows, ends_in_one_line
+) -> None:
+    file = write_rows(PAIRS)
     argv = options(train_file=file, model_name_or_path=base, max_source_length=99)
-    ends_in_one_line(main, argv, "tokens do not fit")
+    ends_in_one_line(main, argv, "examples of up to 131 tokens do not fit")
 
 
 @pytest.mark.parametrize(

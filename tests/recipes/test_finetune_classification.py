@@ -1,6 +1,7 @@
 """The recipe for classifiers, with labels of every kind."""
 
 import numpy as np
+import pretrain_gpt2
 import pytest
 from common.data import Corpus
 from common.labels import Labels, encode_labels
@@ -153,6 +154,16 @@ def test_a_folder_gets_a_head_for_the_new_labels(options, write_rows, tmp_path, 
     assert "5 classes; ModernBertForSequenceClassification with" in capsys.readouterr().out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     assert model.config.num_labels == 5
+
+
+def test_a_language_model_gets_a_head_and_pads(options, write_rows, tmp_path) -> None:
+    text, base = tmp_path / "text.txt", tmp_path / "base"
+    text.write_text("\n".join(row["text"] for row in ROWS * 5))
+    pretrain_gpt2.main(options(train_file=text, output_dir=base, block_size=24))
+    main(options(train_file=write_rows(ROWS), model_name_or_path=base, **SIZES))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert type(model).__name__ == "GPT2ForSequenceClassification"
+    assert model.config.pad_token_id == model.config.eos_token_id
 
 
 def test_bad_input_ends_in_one_line(options, write_rows, ends_in_one_line) -> None:
