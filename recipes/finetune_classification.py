@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             {"text": data_args.text_column},
             {"label": data_args.label_column},
         )
-        corpus = hold_out(corpus, data_args.validation_percent, args.seed)
+        # Before rows are held out: the only one of a class may be among them.
         corpus, labels = encode_labels(corpus)
+        corpus = hold_out(corpus, data_args.validation_percent, args.seed)
         texts = corpus.documents["train"].select_columns(["text"])
         tokenizer = load_tokenizer(model_args, texts)
         model = load_model(
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=labels.compute_metrics,
     )
     metrics, picture = train_and_save(trainer, resume, corpus, str(labels), labels.unit)
-    report(labels.headline(metrics), args.output_dir, picture)
+    report(labels.headline(metrics, rows), args.output_dir, picture)
     return metrics
 
 

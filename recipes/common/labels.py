@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,10 @@ class Labels:
         problem_type: As transformers' models have it: `single_label_classification`,
             `multi_label_classification` or `regression`.
         names: The name of each output.
-        baseline: Share of validation rows that are right when every row is given the most common
-            label, or set of labels, of the training split; None for regression.
     """
 
     problem_type: str
     names: tuple[str, ...]
-    baseline: float | None
 
     def model_options(self) -> dict[str, Any]:
         """Return what a model's configuration has to know, as keyword arguments."""
@@ -47,19 +45,31 @@ class Labels:
         """What the loss is measured in."""
         return "squared error" if self.problem_type == "regression" else "nats"
 
-    def headline(self, metrics: dict[str, float]) -> str:
-        """Say in a line what the evaluation gave, beside what knowing nothing would give."""
+    def headline(self, metrics: dict[str, float], rows: DatasetDict) -> str:
+        """Say in a line what the evaluation gave, beside what knowing nothing would give.
+
+        Args:
+            metrics: The evaluation's metrics.
+            rows: Splits `train` and `validation` with a column `labels`.
+
+        Returns:
+            The line.
+        """
         loss = f"evaluation loss {metrics['eval_loss']:.4f} {self.unit}"
         if self.problem_type == "regression":
             return f"{loss} (r2 {metrics['eval_r2']:.3f}; 0 by always saying the mean)"
         f1 = f", F1 {metrics['eval_f1']:.3f}" if "eval_f1" in metrics else ""
         return (
             f"{loss} (accuracy {metrics['eval_accuracy']:.1%}{f1};"
-            f" {self.baseline:.1%} by always saying the most common)"
+            f" {_share_of_most_common(rows):.1%} by always saying the most common)"
         )
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Compute the metrics of the kind of labels.
+        """Compute the metrics of this kind of labels.
+
+        Args:
+            prediction: Outputs, shape (rows, outputs), or a tuple that begins with them; and the
+                encoded labels.
 
         Returns:
             Of single labels `accuracy`; of sets of labels `accuracy` (share of rows whose whole
@@ -89,7 +99,7 @@ def encode_labels(corpus: Corpus) -> tuple[Corpus, Labels]:
     Which classes there are is read from the data set's own list, or else from `train`.
 
     Args:
-        corpus: Splits `train` and `validation` with a column `label`.
+        corpus: Splits `train` and perhaps `validation` with a column `label`.
 
     Returns:
         The corpus with `labels` in the place of `label`, and what they mean.
@@ -98,8 +108,8 @@ def encode_labels(corpus: Corpus) -> tuple[Corpus, Labels]:
         ValueError: A row has no label or an unknown one, there is only one class, or labels are of
             another kind.
     """
-    train, validation = corpus.documents["train"], corpus.documents["validation"]
-    if any(label is None for split in (train, validation) for label in split["label"]):
+    train = corpus.documents["train"]
+    if any(label is None for rows in corpus.documents.values() for label in rows["label"]):
         raise ValueError(f"a row of {corpus.name} has no label; remove it or label it")
     several = isinstance(train[0]["label"], list)
     kind = train.features["label"].feature if several else train.features["label"]
@@ -109,29 +119,26 @@ def encode_labels(corpus: Corpus) -> tuple[Corpus, Labels]:
             " (a class), a list of those (classes), or a float (a number to predict)"
         )
     if "float" in kind.dtype:
-        return _map_labels(corpus, float), Labels("regression", ("value",), None)
+        return _map_labels(corpus, float), Labels("regression", ("value",))
     sets = {
-        name: [set(label) if several else {label} for label in split["label"]]
-        for name, split in (("training", train), ("validation", validation))
+        split: set(chain.from_iterable(rows["label"]) if several else rows["label"])
+        for split, rows in corpus.documents.items()
     }
-    known = (
-        range(kind.num_classes) if isinstance(kind, ClassLabel) else set().union(*sets["training"])
-    )
+    known = range(kind.num_classes) if isinstance(kind, ClassLabel) else sets["train"]
     index = {label: position for position, label in enumerate(sorted(known))}
-    for name, labels in sets.items():
-        if unknown := sorted(set().union(*labels) - index.keys()):
+    for split, found in sets.items():
+        if unknown := sorted(found - index.keys()):
             raise ValueError(
-                f"label {unknown[0]!r} of the {name} split of {corpus.name} is unknown; known:"
+                f"label {unknown[0]!r} of the split {split!r} of {corpus.name} is unknown; known:"
                 f" {', '.join(map(repr, index))}"
             )
     if len(index) < 2:
         raise ValueError(f"{corpus.name} has labels of {len(index)} class; wanted two or more")
     names = tuple(kind.names) if isinstance(kind, ClassLabel) else tuple(map(str, index))
-    baseline = _share_of_most_common(*sets.values())
     if several:
-        labels = Labels("multi_label_classification", names, baseline)
+        labels = Labels("multi_label_classification", names)
         return _map_labels(corpus, lambda row: [float(one in row) for one in index]), labels
-    return _map_labels(corpus, index.get), Labels("single_label_classification", names, baseline)
+    return _map_labels(corpus, index.get), Labels("single_label_classification", names)
 
 
 def _map_labels(corpus: Corpus, encode: Callable[[Any], Any]) -> Corpus:
@@ -142,6 +149,8 @@ def _map_labels(corpus: Corpus, encode: Callable[[Any], Any]) -> Corpus:
     return replace(corpus, documents=DatasetDict(documents))
 
 
-def _share_of_most_common(train: list[set[Any]], validation: list[set[Any]]) -> float:
-    ((common, _),) = Counter(map(frozenset, train)).most_common(1)
-    return sum(labels == common for labels in validation) / len(validation)
+def _share_of_most_common(rows: DatasetDict) -> float:
+    """Return the accuracy of always saying the training split's most common label, or set."""
+    train, validation = ([*map(str, rows[split]["labels"])] for split in ("train", "validation"))
+    ((common, _),) = Counter(train).most_common(1)
+    return validation.count(common) / len(validation)

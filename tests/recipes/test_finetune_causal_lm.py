@@ -103,7 +103,7 @@ def test_adapters_train_save_and_load_on_their_base(
         assert not torch.equal(adapted(ids).logits, plain(ids).logits)
         with adapted.disable_adapter():
             assert torch.equal(adapted(ids).logits, plain(ids).logits)
-    resumed = main([*argv, "--resume_from_checkpoint", "last"])
+    resumed = main([*argv, "--resume_from_checkpoint", str(output / "checkpoint-18")])
     assert resumed["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
 
 

@@ -35,7 +35,9 @@ def test_names_become_classes() -> None:
     rows, labels = encoded(["b", "a", "b", "c"], ["c", "b", "b", "b"])
     assert list(rows["train"]["labels"]) == [1, 0, 1, 2]
     assert list(rows["validation"]["labels"]) == [2, 1, 1, 1]
-    assert labels == Labels("single_label_classification", ("a", "b", "c"), 0.75)
+    assert labels == Labels("single_label_classification", ("a", "b", "c"))
+    headline = labels.headline({"eval_loss": 1.0, "eval_accuracy": 0.5}, rows)
+    assert headline.endswith("(accuracy 50.0%; 75.0% by always saying the most common)")
     assert labels.model_options()["label2id"] == {"a": 0, "b": 1, "c": 2}
 
 
@@ -59,7 +61,7 @@ def test_lists_become_flags() -> None:
 def test_floats_stay_numbers() -> None:
     rows, labels = encoded([0.5, 2.0], [1.5])
     assert list(rows["train"]["labels"]) == [0.5, 2.0]
-    assert labels == Labels("regression", ("value",), None)
+    assert labels == Labels("regression", ("value",))
 
 
 @pytest.mark.parametrize(
@@ -68,9 +70,9 @@ def test_floats_stay_numbers() -> None:
         (
             ["a", "b"],
             ["c"],
-            "label 'c' of the validation split of rows is unknown; known: 'a', 'b'",
+            "label 'c' of the split 'validation' of rows is unknown; known: 'a', 'b'",
         ),
-        ([["a"], ["b"]], [["a", "c"]], "label 'c' of the validation split"),
+        ([["a"], ["b"]], [["a", "c"]], "label 'c' of the split 'validation'"),
         (["a", "a"], ["a"], "rows has labels of 1 class; wanted two or more"),
         (["a", None], ["a"], "a row of rows has no label"),
         ([[0.5], [1.0]], [[1.0]], "wanted a name or an integer"),
@@ -82,15 +84,22 @@ def test_labels_that_can_not_be_used_are_named(train, validation, message) -> No
         encoded(train, validation)
 
 
+def test_a_class_may_lie_in_held_out_rows_only(options, write_rows, capsys) -> None:
+    rows = [*ROWS[:20], {"text": "hail", "label": "hail"}]
+    short = SIZES | {"max_steps": 1, "validation_percent": 90}
+    main(options(train_file=write_rows(rows), **short))
+    assert "4 classes" in capsys.readouterr().out
+
+
 def test_an_unlabelled_row_of_a_named_class_is_unknown() -> None:
-    with pytest.raises(ValueError, match="label -1 of the training split"):
+    with pytest.raises(ValueError, match="label -1 of the split 'train'"):
         encoded([0, -1, 1], [0], ClassLabel(names=["x", "y"]))
 
 
 def test_the_metrics_are_those_made_by_hand() -> None:
     def compute(problem, outputs, labels):
         prediction = EvalPrediction(np.array(outputs), np.array(labels))
-        return Labels(problem, ("x", "y"), 0.5).compute_metrics(prediction)
+        return Labels(problem, ("x", "y")).compute_metrics(prediction)
 
     single = compute("single_label_classification", [[1, 2], [3, 0], [0, 1]], [1, 0, 0])
     assert single == {"accuracy": pytest.approx(2 / 3)}
@@ -99,7 +108,7 @@ def test_the_metrics_are_those_made_by_hand() -> None:
     number = compute("regression", [[1.0], [3.0]], [0.0, 4.0])
     assert number == {"mse": 1.0, "r2": 0.75}
     two = EvalPrediction((np.array([[1.0, 0.0]]), np.zeros(3)), np.array([0]))
-    labels = Labels("single_label_classification", ("x", "y"), 0.5)
+    labels = Labels("single_label_classification", ("x", "y"))
     assert labels.compute_metrics(two) == {"accuracy": 1.0}
 
 
@@ -172,7 +181,7 @@ def test_bad_input_ends_in_one_line(options, write_rows, ends_in_one_line) -> No
     for changes, message in (
         ({"label_column": "topic"}, "has no column 'topic', only ['text', 'label']; name it with"),
         ({"text_column": "body"}, "--text_column"),
-        ({"validation_file": other}, "label 'hail' of the validation split"),
+        ({"validation_file": other}, "label 'hail' of the split 'validation'"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"model_name_or_path": "tests"}, "can't load 'tests'"),
     ):
