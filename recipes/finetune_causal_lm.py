@@ -3,7 +3,8 @@ r"""Fine-tune a causal language model on prompts and completions, whole or by Lo
     python recipes/finetune_causal_lm.py
     python recipes/finetune_causal_lm.py --model_name_or_path runs/gpt2_small --lora_r 8
     python recipes/finetune_causal_lm.py --model_name_or_path openai-community/gpt2 \
-        --train_file my_pairs.jsonl --source_column question --target_column answer
+        --train_file my_pairs.jsonl --source_column question --target_column answer \
+        --learning_rate 5e-5
 
 Pairs -> prompt, separator, completion -> model -> SophiaTrainer; only completions count in the
 loss. Values come from a YAML file (`--config`), the command line overrides each; `--help` lists

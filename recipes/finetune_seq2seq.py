@@ -3,7 +3,8 @@ r"""Fine-tune an encoder-decoder model on pairs of texts.
     python recipes/finetune_seq2seq.py
     python recipes/finetune_seq2seq.py --predict_with_generate true
     python recipes/finetune_seq2seq.py --model_name_or_path google-t5/t5-small \
-        --train_file my_pairs.jsonl --source_column article --target_column summary
+        --train_file my_pairs.jsonl --source_column article --target_column summary \
+        --learning_rate 5e-5
 
 Pairs -> tokens -> T5 -> SophiaSeq2SeqTrainer. Values come from a YAML file (`--config`), the
 command line overrides each; `--help` lists them all.
