@@ -104,7 +104,8 @@ def functions_of(text: str) -> Iterator[Function]:
     summary a second time, as a comment or a message.
 
     Args:
-        text: Python source; nothing is found in text that this Python can't parse.
+        text: Python source; nothing is found in text that this Python can't parse, or whose lines
+            `str.splitlines` counts otherwise, as it does with form feeds.
 
     Yields:
         Functions, in the order of their first lines.
@@ -117,7 +118,6 @@ def functions_of(text: str) -> Iterator[Function]:
         return
     nodes = [node for node in ast.walk(tree) if isinstance(node, _FunctionNode)]
     lines = text.splitlines(keepends=True)
-    # Form feeds and the like end lines for `splitlines`, not for Python.
     if len(lines) != text.count("\n") + (not text.endswith("\n")):
         return
     for node in sorted(nodes, key=lambda node: node.lineno):

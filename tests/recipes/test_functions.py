@@ -59,6 +59,7 @@ def test_functions_come_without_their_docstrings() -> None:
 
 def test_text_that_does_not_parse_has_no_functions() -> None:
     assert list(functions_of("def f(:\n  pass")) == []
+    assert list(functions_of("def f():\n    pass\n\f\ndef g():\n    pass\n")) == []
 
 
 @pytest.mark.parametrize(
