@@ -161,10 +161,12 @@ def count_shifted_labels(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def describe(model: torch.nn.Module, path: str | None) -> str:
+def describe(model: PreTrainedModel, path: str | None) -> str:
     """Say which model it is, how large, and whether its weights know anything yet."""
+    size, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    parameters = f"{size:,} parameters" + (f", {trained:,} of them trained" * (trained < size))
     weights = f"weights of {path}" if path else "fresh weights"
-    return f"{type(model).__name__} with {model.num_parameters():,} parameters, {weights}"
+    return f"{type(model).__name__} with {parameters}; {weights}"
 
 
 def _load(auto: type, path: str, **options: Any) -> Any:
