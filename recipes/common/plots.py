@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> Path | None:
+def plot_losses(
+    log_history: list[dict[str, Any]], path: Path, title: str, unit: str = "nats per token"
+) -> Path | None:
     """Draw training and evaluation loss over steps.
 
     Args:
         log_history: `trainer.state.log_history`.
         path: The PNG to write.
         title: Stands above the picture.
+        unit: What the loss is measured in.
 
     Returns:
         The path, or None where matplotlib is not installed.
@@ -31,7 +34,7 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> Pa
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -7,7 +7,7 @@ near duplicates are removed.
 
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -38,9 +38,6 @@ LICENCE = "Python Software Foundation License (PSF-2.0)"
 def write_standard_library(folder: Path) -> dict[str, Path]:
     """Write the corpus as `train.jsonl` and `validation.jsonl`, one `{"path", "text"}` per file.
 
-    A file is only written when its content differs, since a new modification time would make
-    `datasets` prepare it again.
-
     Args:
         folder: Where to write; made if missing.
 
@@ -50,15 +47,39 @@ def write_standard_library(folder: Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: The standard library's sources are not installed.
     """
+    rows = {
+        split: [{"path": path, "text": text} for path, text in documents.items()]
+        for split, documents in _splits().items()
+    }
+    return write_splits(folder, rows)
+
+
+def write_splits(folder: Path, splits: Mapping[str, list[dict[str, str]]]) -> dict[str, Path]:
+    """Write rows as one `<split>.jsonl` per split.
+
+    A file is only written when its content differs, since a new modification time would make
+    `datasets` prepare it again.
+
+    Args:
+        folder: Where to write; made if missing.
+        splits: The rows of each split.
+
+    Returns:
+        The path of each split.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for split, documents in _splits().items():
+    for split, rows in splits.items():
         paths[split] = folder / f"{split}.jsonl"
-        lines = (json.dumps({"path": path, "text": text}) for path, text in documents.items())
-        content = "".join(f"{line}\n" for line in lines).encode()
+        content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         if not paths[split].exists() or paths[split].read_bytes() != content:
             paths[split].write_bytes(content)
     return paths
+
+
+def fraction_of(text: str) -> float:
+    """Return a number in [0, 1) that is the same for the same text on every machine."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _splits() -> dict[str, dict[str, str]]:
@@ -100,8 +121,7 @@ def _documents(root: Path) -> Iterator[tuple[str, str]]:
 def _split_of(path: str) -> str:
     # `_pydecimal` and `decimal`, `_pyio` and `io` belong together.
     package = path.split("/")[0].removesuffix(".py").removeprefix("_").removeprefix("py")
-    fraction = int.from_bytes(sha256(package.encode()).digest()[:8], "big") / 2**64
-    return "validation" if fraction < _VALIDATION_SHARE else "train"
+    return "validation" if fraction_of(package) < _VALIDATION_SHARE else "train"
 
 
 def _shingles(text: str) -> set[int]:

@@ -3,19 +3,22 @@
 from collections.abc import Iterator
 
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 #: GPT-2's only special token: the end of a document.
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    documents: Dataset, vocab_size: int, template: str | None = None
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE as GPT-2 has it.
 
     Args:
-        documents: Texts in a column `text`.
+        documents: Rows to train on; every column holds text.
         vocab_size: Tokens in all, the 256 bytes and the end of text included; at least 257.
+        template: Where each encoded text, `$A`, gets an end of text; None: nowhere.
 
     Returns:
         The tokenizer, with `<|endoftext|>` as its end of sequence.
@@ -35,6 +38,11 @@ def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerF
         show_progress=False,
     )
     tokenizer.train_from_iterator(_batches(documents), trainer)
+    if template is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template,
+            special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
@@ -42,7 +50,7 @@ def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerF
 
 def _batches(documents: Dataset, size: int = 100) -> Iterator[list[str]]:
     for start in range(0, len(documents), size):
-        yield documents[start : start + size]["text"]
+        yield from documents[start : start + size].values()
 
 
 class _BlockCutter:

@@ -13,6 +13,7 @@ import torch
 from common import standard_library
 from common.arguments import parse_arguments
 from common.corpus import CorpusArguments, load_corpus
+from common.data import Corpus, hold_out
 from common.evaluation import LanguageModelEvaluation
 from common.plots import plot_losses
 from common.tokenization import END_OF_TEXT, make_blocks, train_tokenizer
@@ -151,6 +152,8 @@ def test_near_duplicates_of_training_text_are_not_held_out(monkeypatch) -> None:
 def write(path: Path, texts: list[str], column: str = "text") -> str:
     if path.suffix == ".parquet":
         Dataset.from_dict({column: texts}).to_parquet(path)
+    elif path.suffix == ".csv":
+        Dataset.from_dict({column: texts}).to_csv(path)
     elif path.suffix == ".txt":
         path.write_text("\n".join(texts), encoding="utf-8")
     else:
@@ -158,7 +161,7 @@ def write(path: Path, texts: list[str], column: str = "text") -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
 def test_local_files_load(suffix, tmp_path) -> None:
     train = write(tmp_path / f"train{suffix}", [*TEXTS, "", "  \n"], "body")
     held_out = write(tmp_path / f"held_out{suffix}", TEXTS[:3], "body")
@@ -212,6 +215,9 @@ def test_bad_corpora_are_named(tmp_path) -> None:
         CorpusArguments(validation_file="a.txt")
     with pytest.raises(ValueError, match="got 100"):
         CorpusArguments(validation_percent=100)
+    other_name = CorpusArguments(train_file=write(tmp_path / "n.jsonl", [1], "n"), text_column="n")
+    with pytest.raises(ValueError, match="column 'n' of .* holds int64, not text"):
+        load_corpus(other_name)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{broken\n')
     with pytest.raises(ValueError, match="broken.jsonl' can't be read as json"):
@@ -226,6 +232,20 @@ def test_bad_corpora_are_named(tmp_path) -> None:
     good = write(tmp_path / "good.parquet", TEXTS)
     with pytest.raises(ValueError, match=r"different kinds: \['json', 'parquet'\]"):
         load_corpus(CorpusArguments(train_file=good, validation_file=blank))
+
+
+def test_rows_are_held_out_at_random_but_the_same_for_a_seed() -> None:
+    rows = Dataset.from_dict({"text": [str(i) for i in range(100)]})
+    corpus = Corpus(DatasetDict(train=rows), "rows", "digest")
+    parts = hold_out(corpus, 20, seed=1).documents
+    assert {split: len(part) for split, part in parts.items()} == {"train": 80, "validation": 20}
+    assert sorted([*parts["train"]["text"], *parts["validation"]["text"]]) == sorted(rows["text"])
+    held_out = list(parts["validation"]["text"])
+    assert held_out != rows["text"][-20:]
+    assert list(hold_out(corpus, 20, seed=1).documents["validation"]["text"]) == held_out
+    assert list(hold_out(corpus, 20, seed=2).documents["validation"]["text"]) != held_out
+    whole = Corpus(parts, "rows", "digest")
+    assert hold_out(whole, 50, seed=1) is whole
 
 
 # Tokens and blocks
@@ -245,6 +265,16 @@ def test_the_tokenizer_is_byte_level_and_lossless(tokenizer, tmp_path) -> None:
     assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
     with pytest.raises(ValueError, match="at least 257.*got 100"):
         train_tokenizer(Dataset.from_dict({"text": TEXTS}), vocab_size=100)
+
+
+def test_a_template_puts_an_end_into_every_text() -> None:
+    rows = Dataset.from_dict({"text": TEXTS, "more": ["日本語"] * len(TEXTS)})
+    ended = train_tokenizer(rows, vocab_size=300, template=f"$A {END_OF_TEXT}")
+    ids = ended("日本語")["input_ids"]
+    assert ids[-1] == ended.eos_token_id
+    assert ended("日本語", add_special_tokens=False)["input_ids"] == ids[:-1]
+    # The second column was trained on too.
+    assert len(ids) < 1 + len("日本語".encode())
 
 
 def test_blocks_are_the_joined_documents(tokenizer) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pretrain_gpt2
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,13 +118,3 @@ def test_bad_input_ends_in_one_line(extra, message, text_file, tmp_path) -> None
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     assert message in result.stderr.strip().splitlines()[-1]
-
-
-def test_every_configuration_parses() -> None:
-    for path in (ROOT / "recipes/configs").glob("*.yaml"):
-        args = pretrain_gpt2.parse_arguments(
-            (pretrain_gpt2.ModelArguments, pretrain_gpt2.CorpusArguments, TrainingArguments),
-            ["--config", str(path), "--use_cpu", "true"],
-            path,
-        )[2]
-        assert args.learning_rate == yaml.safe_load(path.read_text())["learning_rate"]

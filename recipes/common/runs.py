@@ -1,0 +1,130 @@
+"""What every recipe does around its model: start, train, evaluate, save, report."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from common.arguments import one_line_errors, parse_arguments
+from common.data import Corpus
+from common.plots import plot_losses
+
+
+def start(types: Sequence[type], argv: Sequence[str] | None, config: Path) -> tuple[Any, ...]:
+    """Parse the command line, set the seed and find the checkpoint to resume from.
+
+    Args:
+        types: The dataclasses to fill, `TrainingArguments` or a subclass last.
+        argv: The command line without the program's name; None: the process's own.
+        config: The YAML file that is read where `--config` is missing.
+
+    Returns:
+        One instance of each type, then the checkpoint's path or None.
+
+    Raises:
+        SystemExit: A value or option is wrong; the message says which.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_sophia").setLevel(logging.INFO)
+    parsed = parse_arguments(types, argv, config)
+    args = parsed[-1]
+    set_seed(args.seed)
+    with one_line_errors():
+        check_length(args, sys.argv[1:] if argv is None else argv)
+        return *parsed, checkpoint_of(args)
+
+
+def check_length(args: TrainingArguments, argv: Sequence[str]) -> None:
+    """Refuse epochs that max_steps would silently overrule.
+
+    Raises:
+        ValueError: Both are in force.
+    """
+    named = {piece.split("=")[0] for piece in argv}
+    changed = args.num_train_epochs != TrainingArguments.num_train_epochs
+    if (changed or "--num_train_epochs" in named) and args.max_steps > 0:
+        raise ValueError(
+            f"max_steps={args.max_steps} wins over num_train_epochs; set --max_steps -1"
+        )
+
+
+def checkpoint_of(args: TrainingArguments) -> str | None:
+    """Return the checkpoint to resume from: a path, or for `last` the newest one.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+    """
+    wanted = args.resume_from_checkpoint or None
+    if wanted == "last":
+        exists = Path(args.output_dir).is_dir()
+        newest = get_last_checkpoint(args.output_dir) if exists else None
+        if newest is None:
+            raise FileNotFoundError(f"there is no checkpoint in {args.output_dir!r} to resume from")
+        return newest
+    if wanted is not None and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {wanted!r}: no {TRAINER_STATE_NAME}")
+    return wanted
+
+
+def train_and_save(
+    trainer: Trainer,
+    resume: str | None,
+    corpus: Corpus,
+    title: str,
+    unit: str = "nats per token",
+) -> tuple[dict[str, float], Path | None]:
+    """Train, evaluate, and write the model, the run's state, the corpus's record and loss curve.
+
+    Args:
+        trainer: Ready to train.
+        resume: The checkpoint to go on from, or None.
+        corpus: Where the data came from.
+        title: Stands above the loss curve, before the optimizer's and the corpus's names.
+        unit: What the loss is measured in.
+
+    Returns:
+        The evaluation's metrics, and the loss curve's path or None where matplotlib is missing.
+
+    Raises:
+        SystemExit: The optimizer's options are wrong.
+    """
+    with one_line_errors():
+        trainer.create_optimizer()  # its options are checked here
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    output = Path(trainer.args.output_dir)
+    record = {"name": corpus.name, "sha256": corpus.digest, "licence": corpus.licence}
+    (output / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    picture = plot_losses(
+        trainer.state.log_history,
+        output / "loss.png",
+        f"{title}, {trainer.args.optim.value}, {corpus.name}",
+        unit,
+    )
+    return metrics, picture
+
+
+def report(headline: str, output: str | Path, picture: Path | None) -> None:
+    """Print what came out and where it lies."""
+    print(f"\n{headline}")
+    print(f"model         {output}")
+    print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
+
+
+def language_model_headline(metrics: dict[str, float]) -> str:
+    """Say in a line what the evaluation of a language model gave."""
+    bits = metrics.get("eval_bits_per_byte")
+    return (
+        f"evaluation loss {metrics['eval_loss']:.4f} nats per token"
+        f" (perplexity {metrics['eval_perplexity']:.1f},"
+        + (f" {bits:.3f} bits per byte," if bits is not None else "")
+        + f" {metrics['eval_accuracy']:.1%} of tokens right)"
+    )
