@@ -3,6 +3,9 @@ r"""Fine-tune an encoder to classify texts: by one label, by several, or by a nu
     python recipes/finetune_classification.py
     python recipes/finetune_classification.py --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name stanfordnlp/imdb --learning_rate 5e-5
+    python recipes/finetune_classification.py --model_name_or_path google-bert/bert-base-uncased \
+        --dataset_name nyu-mll/glue --dataset_config_name mrpc --text_column sentence1 \
+        --text_pair_column sentence2 --learning_rate 5e-5
     python recipes/finetune_classification.py --train_file my_rows.csv --label_column topic
 
 Rows -> tokens -> ModernBERT -> SophiaTrainer. What the labels are, classes, lists of classes or
@@ -46,6 +49,9 @@ class RowArguments(DataArguments):
     """Where the rows come from; without a name or file, functions of Python's library."""
 
     text_column: str = field(default="text", metadata={"help": "Column that holds the text"})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Column of a second text, where texts come in pairs"}
+    )
     label_column: str = field(default="label", metadata={"help": "Column that holds the label"})
     max_length: int = field(default=128, metadata={"help": "Tokens of a text; cut at the end"})
 
@@ -72,17 +78,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_args, data_args, args, resume = start(ARGUMENTS, argv, CONFIG)
     length = data_args.max_length
     with one_line_errors():
-        corpus = load_data(
-            data_args,
-            write_packages,
-            {"text": data_args.text_column},
-            {"label": data_args.label_column},
-        )
+        texts = {"text": data_args.text_column}
+        if data_args.text_pair_column:
+            texts["text_pair"] = data_args.text_pair_column
+        corpus = load_data(data_args, write_packages, texts, {"label": data_args.label_column})
         # Before rows are held out: the only one of a class may be among them.
         corpus, labels = encode_labels(corpus)
         corpus = hold_out(corpus, data_args.validation_percent, args.seed)
-        texts = corpus.documents["train"].select_columns(["text"])
-        tokenizer = load_tokenizer(model_args, texts)
+        tokenizer = load_tokenizer(model_args, corpus.documents["train"].select_columns([*texts]))
         model = load_model(
             model_args,
             AutoModelForSequenceClassification,
@@ -92,7 +95,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             **labels.model_options(),
         )
         model.config.pad_token_id = tokenizer.pad_token_id
-    rows = corpus.encode(lambda batch: tokenizer(batch["text"], truncation=True, max_length=length))
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        columns = [batch[name] for name in texts]
+        return tokenizer(*columns, truncation=True, max_length=length)
+
+    rows = corpus.encode(encode)
     print(f"{corpus}; {labels}; {describe(model, model_args.model_name_or_path)}")
 
     trainer = hf_sophia.SophiaTrainer(

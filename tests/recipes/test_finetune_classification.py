@@ -154,6 +154,19 @@ def test_other_kinds_of_labels_train(
     assert f"{metrics['eval_loss']:.4f} {unit} (" in capsys.readouterr().out
 
 
+def test_pairs_of_texts_are_read_together(
+    options, write_rows, check_history, tmp_path, capsys
+) -> None:
+    """The label is in the second text alone."""
+    rows = [{"text": f"day {i}", "label": WORDS[i % 3], "next": WORDS[i % 3]} for i in range(120)]
+    argv = options(train_file=write_rows(rows), text_pair_column="next", **SIZES)
+    metrics = main([*argv, "--validation_percent", "25"])
+    check_history(tmp_path / "run")
+    assert metrics["eval_accuracy"] > 0.6
+    with pytest.raises(SystemExit, match="--text_pair_column"):
+        main(options(train_file=write_rows(rows), text_pair_column="second", **SIZES))
+
+
 def test_a_folder_gets_a_head_for_the_new_labels(options, write_rows, tmp_path, capsys) -> None:
     base, short = tmp_path / "base", SIZES | {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
     main(options(train_file=write_rows(ROWS), output_dir=base, **short))
