@@ -11,6 +11,10 @@ from transformers.utils import is_peft_available
 from hf_sophia.estimators.likelihoods import IGNORE_INDEX
 
 
+class NoLogitsError(ValueError):
+    """A forward pass returned no logits, as where its loss is fused with the head."""
+
+
 @dataclass(frozen=True)
 class HeadOutput:
     """Logits, and which predictions on them the loss counts.
@@ -201,7 +205,8 @@ def head_output(
         Logits, aligned targets and likelihood.
 
     Raises:
-        ValueError: The head is unknown, or labels or logits are missing.
+        ValueError: The head is unknown, or the labels are missing.
+        NoLogitsError: The logits are missing; a ValueError too.
     """
     adapter = _adapter_of(model)
     model = base_model(model)
@@ -219,10 +224,9 @@ def _logits(
 ) -> torch.Tensor:
     logits = outputs.get(name) if isinstance(outputs, Mapping) else None
     if not isinstance(logits, torch.Tensor):
-        raise ValueError(
+        raise NoLogitsError(
             f"{type(model).__name__} returned no {name}, which Sophia-G samples labels from: leave"
-            " return_dict on. Where a fused loss skips the logits, ask for a Hessian pass of its"
-            " own: --optim_args hessian_batch_fraction=0.25"
+            " return_dict on, or override sophia_head(self, model, inputs, outputs) in your Trainer"
         )
     return logits
 

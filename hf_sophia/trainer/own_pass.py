@@ -156,19 +156,14 @@ def without_reentrance(model: torch.nn.Module) -> Iterator[None]:
             module._gradient_checkpointing_func = func
 
 
-#: Arguments of forward passes that may make a fused loss without logits, Liger's and TRL's, and
-#: the values that ask for logits.
-_ASKING_FOR_LOGITS = {"skip_logits": False, "fused_lm_head": False}
-
-
 def asking_for_logits(model: torch.nn.Module) -> dict[str, bool]:
-    """Return the arguments that make a forward pass with a fused loss return logits too.
+    """Return the arguments that make a forward pass with Liger's fused loss return logits too.
 
     Args:
         model: The unwrapped model.
     """
     known = inspect.signature(base_model(model).forward).parameters
-    return {name: value for name, value in _ASKING_FOR_LOGITS.items() if name in known}
+    return {"skip_logits": False} if "skip_logits" in known else {}
 
 
 def twice_differentiable_attention() -> Any:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_sophia.trainer.heads import base_model
-from hf_sophia.trainer.own_pass import asking_for_logits, reentrant_modules
+from hf_sophia.trainer.own_pass import reentrant_modules
 
 #: Share of the batch that a forward pass for the Hessian alone takes when nothing else is asked.
 DEFAULT_FRACTION = 0.25
@@ -61,8 +61,6 @@ def make_plan(
         reason = "reentrant gradient checkpointing leaves no graph to differentiate"
     elif isinstance(wrapped, DistributedDataParallel) and wrapped.static_graph:
         reason = "a static graph of DistributedDataParallel must not be used twice"
-    elif asking_for_logits(model):
-        reason = "the training pass fuses the loss and makes no logits"
     if reason is None:
         return HessianPlan(estimator, None, "the logits of the training pass can be used")
     return HessianPlan(estimator, DEFAULT_FRACTION if fraction is None else fraction, reason)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.trainer.alignment import labels_are_aligned
-from hf_sophia.trainer.heads import HeadOutput, head_output
+from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
 from hf_sophia.trainer.noise import noise_seed
 from hf_sophia.trainer.own_pass import (
     BatchShare,
@@ -94,6 +95,11 @@ class SophiaTrainerMixin:
         plan = make_plan(wrapped, model, estimator, asked or None)
         logger.info("Hessian by %s: %s", plan, plan.reason)
         return plan
+
+    def _turn_to_own_pass(self, reason: str) -> None:
+        self._plan = replace(self._plan, fraction=DEFAULT_FRACTION, reason=reason)
+        self._share = BatchShare(DEFAULT_FRACTION)
+        logger.info("Hessian by %s: %s", self._plan, reason)
 
     def _unwrapped(self, model: torch.nn.Module) -> torch.nn.Module:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -240,8 +246,17 @@ class SophiaTrainerMixin:
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        head = self._checked_head(self._unwrapped(model), kept, outputs, num_items_in_batch)
-        self._refresh.add_logits(head, retain_graph=True)
+        try:
+            head = self._checked_head(self._unwrapped(model), kept, outputs, num_items_in_batch)
+            usable = head.logits.requires_grad
+        except NoLogitsError:
+            usable = False
+        if usable:
+            self._refresh.add_logits(head, retain_graph=True)
+        else:
+            # A fused loss, Liger's or TRL's, shows in what it returns only.
+            self._turn_to_own_pass("the training pass makes no logits with a graph")
+            self._estimate_in_own_pass(model, kept)
         return (loss, outputs) if return_outputs else loss
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:

@@ -1,5 +1,6 @@
 """The forward pass for the Hessian alone: the same estimate, and training does not notice it."""
 
+import logging
 import random
 
 import numpy
@@ -246,19 +247,59 @@ class Fused(GPT2LMHeadModel):
     def forward(self, *args, labels=None, skip_logits=None, **kwargs):
         skip = skip_logits if skip_logits is not None else self.training and labels is not None
         outputs = super().forward(*args, labels=labels, **kwargs)
-        if skip:
-            outputs.logits = None
-        return outputs
+        return type(outputs)(loss=outputs.loss) if skip else outputs
 
 
 def test_a_fused_loss_is_asked_for_its_logits(tiny_gpt2, tmp_path) -> None:
     expected = first_hessian(tiny_gpt2, tmp_path)
     recorder, model = Recorder(), Fused(tiny_gpt2().config)
     model.load_state_dict(tiny_gpt2().state_dict())
-    options = {"max_steps": 3, "optim_args": f"{WHOLE},k=2".replace("k=10,", "")}
-    run(model, tmp_path, callback=recorder, remove_unused_columns=False, **options)
+    options = {"max_steps": 3, "remove_unused_columns": False}
+    whole = WHOLE.replace("k=10", "k=2")
+    run(model, tmp_path, callback=recorder, optim_args=whole, **options)
     assert recorder.refreshed == [1, 3]
     assert_equal(expected, recorder.hessians[1])
+
+
+def test_a_training_pass_without_logits_is_noticed(tiny_gpt2, tmp_path, caplog) -> None:
+    class Detached(GPT2LMHeadModel):
+        def forward(self, *args, labels=None, **kwargs):
+            outputs = super().forward(*args, labels=labels, **kwargs)
+            if self.watched:
+                outputs.logits = outputs.logits.detach()
+            return outputs
+
+    class Watched(SophiaTrainer):
+        """Makes the training pass alone one without a graph of its logits."""
+
+        def compute_loss(self, model, inputs, **kwargs):
+            model.watched = True
+            return super().compute_loss(model, inputs, **kwargs)
+
+        def sophia_head(self, model, inputs, outputs):
+            model.watched = False
+            return super().sophia_head(model, inputs, outputs)
+
+    start = tiny_gpt2()
+    for cls, trainer_class in ((Fused, SophiaTrainer), (Detached, Watched)):
+        model, recorder = cls(start.config), Recorder()
+        model.watched = False
+        model.load_state_dict(start.state_dict())
+        with caplog.at_level(logging.INFO, "hf_sophia"):
+            trainer = run(
+                model,
+                tmp_path,
+                callback=recorder,
+                trainer_class=trainer_class,
+                max_steps=3,
+                optim_args="k=2",
+                gradient_accumulation_steps=2,
+                remove_unused_columns=False,
+            )
+        assert recorder.refreshed == [1, 3]
+        assert trainer._plan.fraction == 0.25
+        assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 2 * 11
+        assert "0.25 of the batch: the training pass makes no logits with a graph" in caplog.text
 
 
 def test_a_compute_loss_of_any_kind_works_beside_it(tiny_gpt2, tmp_path) -> None:
