@@ -274,7 +274,9 @@ def test_a_training_pass_without_logits_is_noticed(tiny_gpt2, tmp_path, caplog) 
 
         def compute_loss(self, model, inputs, **kwargs):
             model.watched = True
-            return super().compute_loss(model, inputs, **kwargs)
+            result = super().compute_loss(model, inputs, **kwargs)
+            model.watched = False
+            return result
 
         def sophia_head(self, model, inputs, outputs):
             model.watched = False
