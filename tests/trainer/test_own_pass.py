@@ -11,7 +11,8 @@ from torch.utils.data import default_collate
 from transformers import GPT2LMHeadModel, Trainer
 
 from hf_sophia import SophiaTrainer, gauss_newton_bartlett
-from hf_sophia.trainer.heads import causal_lm
+from hf_sophia.trainer import sophia_trainer as trainer_module
+from hf_sophia.trainer.heads import HeadOutput, causal_lm
 from hf_sophia.trainer.noise import Place, label_noise, noise_seed
 from hf_sophia.trainer.own_pass import BatchShare, reentrant_modules, undisturbed
 
@@ -135,6 +136,44 @@ def test_losses_and_gradients_are_those_of_a_run_with_adamw(kind, tiny_gpt2, tmp
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         histories.append([(entry["loss"], entry["grad_norm"]) for entry in logs])
     assert histories[0] == histories[1]
+
+
+def test_every_pass_has_dropout_and_rows_of_its_own(tiny_gpt2, tmp_path, monkeypatch) -> None:
+    seeds, rows = [], []
+
+    def spy(model, seed):
+        seeds.append(seed)
+        return undisturbed(model, seed)
+
+    class Watching(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            rows.append(inputs["input_ids"][:, 0].tolist())
+            return super().sophia_head(model, inputs, outputs)
+
+    monkeypatch.setattr(trainer_module, "undisturbed", spy)
+    run(
+        tiny_gpt2(),
+        tmp_path,
+        data=dataset(8),
+        trainer_class=Watching,
+        optim_args="k=1,hessian_batch_fraction=0.5",
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        max_steps=3,
+        seed=1,
+    )
+    assert len(set(seeds)) == len(seeds) == 6
+    # Every step sees the same two batches here, and takes other rows of them.
+    assert len({tuple(part) for part in rows[::2]}) > 1
+
+
+def test_a_wrong_head_is_caught_in_this_pass_too(tiny_gpt2, tmp_path) -> None:
+    class Unshifted(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            return HeadOutput(outputs["logits"], inputs["labels"])
+
+    with pytest.raises(RuntimeError, match="not aligned with the logits"):
+        run(tiny_gpt2(), tmp_path, trainer_class=Unshifted, optim_args=WHOLE)
 
 
 class Noisy(torch.nn.Module):
