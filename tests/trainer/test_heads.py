@@ -12,8 +12,15 @@ from transformers import (
 
 from hf_sophia import SophiaTrainer
 from hf_sophia.trainer.alignment import labels_are_aligned
-from hf_sophia.trainer.heads import HeadOutput, causal_lm, per_token
+from hf_sophia.trainer.heads import (
+    HeadOutput,
+    causal_lm,
+    classification,
+    per_token,
+    question_answering,
+)
 
+from .families import CASES
 from .runs import VOCABULARY, dataset, hessians_of, run
 
 
@@ -124,6 +131,27 @@ def test_prompt_tuning_puts_positions_before_the_labelled_ones() -> None:
         outputs = {"logits": torch.zeros(1, positions, 9)}
         head = adapter(torch.nn.Identity(), {"labels": labels}, outputs)
         assert head.targets.tolist() == [expected]
+
+
+def test_answers_beyond_the_text_do_not_count() -> None:
+    outputs = {name: torch.randn(3, 6) for name in ("start_logits", "end_logits")}
+    positions = {
+        "start_positions": torch.tensor([[0], [6], [-1]]),
+        "end_positions": torch.tensor([[5], [99], [2]]),
+    }
+    head = question_answering(torch.nn.Identity(), positions, outputs)
+    assert head.targets.tolist() == [[0, 5], [-100, -100], [0, 2]]
+    assert torch.equal(head.logits[:, 0], outputs["start_logits"])
+    assert torch.equal(head.logits[:, 1], outputs["end_logits"])
+
+
+def test_labels_that_do_not_fit_the_logits_are_explained() -> None:
+    model = CASES[1].make()
+    inputs, outputs = {"labels": torch.zeros(4, 2)}, {"logits": torch.zeros(4, 3)}
+    with pytest.raises(
+        ValueError, match=r"labels of shape \(4, 2\) do not fit the logits of GPT2F"
+    ):
+        classification(model, inputs, outputs)
 
 
 def test_an_unknown_head_names_the_class_and_the_method(tmp_path) -> None:

@@ -1,6 +1,8 @@
 """The forward pass for the Hessian alone: the same estimate, and training does not notice it."""
 
+import copy
 import logging
+import pickle
 import random
 
 import numpy
@@ -352,6 +354,20 @@ def test_a_compute_loss_of_any_kind_works_beside_it(tiny_gpt2, tmp_path) -> None
     expected = first_hessian(tiny_gpt2, tmp_path)
     options = {"trainer_class": Weighted, "optim_args": WHOLE}
     assert_equal(expected, first_hessian(tiny_gpt2, tmp_path, **options))
+
+
+def test_the_plan_is_made_anew_for_each_run(tiny_gpt2, tmp_path) -> None:
+    trainer = run(tiny_gpt2(), tmp_path, max_steps=1)
+    assert trainer._plan.fraction is None
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
+    trainer.train()
+    assert trainer._plan.fraction == 0.25
+
+
+def test_the_option_is_kept_by_copies_of_the_optimizer(tiny_gpt2, tmp_path) -> None:
+    optimizer = sophia_of(run(tiny_gpt2(), tmp_path, optim_args=WHOLE, max_steps=1))
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied.hessian_batch_fraction == 1.0
 
 
 def test_a_stock_trainer_takes_the_option_and_still_stops(tiny_gpt2, tmp_path) -> None:
