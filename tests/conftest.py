@@ -17,6 +17,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+# Programs that tests start, not tests.
+collect_ignore = ["trainer/scripts"]
+
 # The models are so small that threads would only wait for each other.
 torch.set_num_threads(1)
 

@@ -17,7 +17,8 @@ def labels_are_aligned(
     head: HeadOutput,
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
-    num_items_in_batch: torch.Tensor | int | None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    processes: int = 1,
 ) -> bool:
     """Compare the true labels' mean loss through the adapter with the model's own.
 
@@ -30,41 +31,54 @@ def labels_are_aligned(
         outputs: What the forward pass returned.
         num_items_in_batch: What the model may have divided its summed loss by, the predictions of
             all micro-batches; models that ignore it take the mean over the micro-batch.
+        processes: What the Trainer may have multiplied the returned loss by, in place.
 
     Returns:
-        True when the mean agrees with the returned loss, or for a causal language model with its
-        class's loss of the labels (the returned one may hold more), or when there is neither; False
-        when this micro-batch says nothing, because no label counts or a loss is not finite.
+        True when the mean agrees with the returned loss, when there is nothing to compare with, or
+        when the head says not to; False when this micro-batch says nothing, because no label counts
+        or a loss is not finite. Where the returned loss is missing or holds an auxiliary loss, a
+        causal language model's is computed anew.
 
     Raises:
         RuntimeError: They differ.
     """
+    if not head.check_loss:
+        return True
     model = base_model(model)
-    means, count = _means(head, outputs)
     own = _own_loss(outputs)
-    of_labels = _loss_of_labels(model, head, inputs)
-    own_means = [loss.item() for loss in (own, of_labels) if loss is not None]
-    if not own_means:
+    if own is None:
+        own = _loss_of_labels(model, head, inputs)
+    if own is None:
         return True
-    if own is not None and num_items_in_batch is not None:
-        own_means.append(own.item() * float(num_items_in_batch) / max(count, 1))
-    if not all(map(math.isfinite, (*means, *own_means))):
+    means, count = _means(head, outputs)
+    own_means = [own.item()]
+    if num_items_in_batch is not None and count:
+        whole = own.item() * float(num_items_in_batch) / count
+        own_means += [whole, own_means[0] / processes, whole / processes]
+    if count == 0:
+        # Then the model's own loss is 0 or no number.
+        agree = not (math.isfinite(own_means[0]) and own_means[0] > 0.0)
+    elif not all(map(math.isfinite, (*means, *own_means))):
         return False
-    # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
-    rounded = own is not None and own.dtype not in (torch.float32, torch.float64)
-    tolerance = 1e-2 if rounded else 1e-4
-    if any(
-        abs(mean - value) <= tolerance * max(abs(value), 1e-3)
-        for mean in means
-        for value in own_means
-    ):
-        return True
-    raise RuntimeError(
-        f"the labels that Sophia-G counts for {type(model).__name__} have a mean loss of"
-        f" {means[0]:.6g}, the model's own loss is {own_means[-1]:.6g}: they are not aligned with"
-        " the logits, or the loss is not their likelihood. Override"
-        " sophia_head(self, model, inputs, outputs) in your Trainer"
-    )
+    else:
+        # Both come from the same logits; only a loss that was rounded to 16 bits may differ more.
+        rounded = own.dtype not in (torch.float32, torch.float64)
+        tolerance = 1e-2 if rounded else 1e-4
+        agree = any(
+            abs(mean - value) <= tolerance * max(abs(value), 1e-3)
+            for mean in means
+            for value in own_means
+        )
+    if not agree:
+        raise RuntimeError(
+            f"the {count} labels that Sophia-G counts for {type(model).__name__} have a mean loss"
+            f" of {means[0]:.6g}, the model's own loss is {own_means[-1]:.6g}: they are not aligned"
+            " with the logits, or the loss is not their likelihood. Override"
+            " sophia_head(self, model, inputs, outputs) in your Trainer; if the labels are right"
+            " and the loss holds more (class weights, a penalty), return"
+            " HeadOutput(..., check_loss=False) there"
+        )
+    return count > 0
 
 
 def _means(head: HeadOutput, outputs: Any) -> tuple[list[float], int]:

@@ -25,11 +25,14 @@ class HeadOutput:
             that is read from them, and by the check that they are aligned.
         likelihood: What the loss is the likelihood of, a key of
             `hf_sophia.estimators.LIKELIHOODS`.
+        check_loss: Whether the true labels' mean loss has to agree with the model's own. Say False
+            where these labels are right and the loss holds more: class weights, a penalty.
     """
 
     logits: torch.Tensor
     targets: torch.Tensor
     likelihood: str = "categorical"
+    check_loss: bool = True
 
 
 Adapter = Callable[[torch.nn.Module, Mapping[str, Any], Mapping[str, Any]], HeadOutput]
@@ -92,15 +95,31 @@ def classification(
     """Take one row of logits per example as its `problem_type` says: classes, flags or numbers."""
     logits, labels = _logits(model, outputs), _labels(model, inputs)
     problem = model.config.problem_type
-    # As transformers decides it, where its loss function has not noted it in the configuration.
-    if problem is None and logits.shape[-1] == 1:
-        problem = "regression"
-    elif problem is None:
-        whole = labels.dtype in (torch.long, torch.int)
-        problem = "single_label_classification" if whole else "multi_label_classification"
+    if problem is None:
+        problem = _derived_problem(model, logits, labels, outputs)
     likelihood = _LIKELIHOOD_OF_PROBLEM[problem]
     shape = logits.shape[:-1] if likelihood == "categorical" else logits.shape
     return HeadOutput(logits, _shaped(model, labels, shape), likelihood)
+
+
+def _derived_problem(
+    model: torch.nn.Module,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    outputs: Mapping[str, Any],
+) -> str:
+    """Decide as transformers does, where its loss has not noted it in the configuration."""
+    if logits.shape[-1] > 1 and labels.dtype in (torch.long, torch.int):
+        return "single_label_classification"
+    if outputs.get("loss") is None:
+        # A loss of the user's own may mean anything by such labels: flags, numbers, soft classes.
+        raise ValueError(
+            f"{type(model).__name__} has no loss of its own here, and labels of {labels.dtype} for"
+            f" {logits.shape[-1]} outputs do not tell what they are: set model.config.problem_type"
+            f" to one of {', '.join(_LIKELIHOOD_OF_PROBLEM)}, or override"
+            " sophia_head(self, model, inputs, outputs) in your Trainer"
+        )
+    return "regression" if logits.shape[-1] == 1 else "multi_label_classification"
 
 
 def choice(
@@ -137,8 +156,27 @@ def _names(*kinds: str) -> frozenset[str]:
 
 _CAUSAL_LM = _names("CAUSAL_LM")
 
+#: Causal language models whose loss takes labels that are shifted already.
+_UNSHIFTED_CAUSAL_LM = frozenset(
+    {
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "MvpForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLNetLMHeadModel",
+    }
+)
+
 #: Adapters by the model classes they serve; the first that names a class serves it.
 HEADS: tuple[tuple[Collection[str], Adapter], ...] = (
+    (_UNSHIFTED_CAUSAL_LM, per_token),
     (_CAUSAL_LM, causal_lm),
     (
         _names("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TOKEN_CLASSIFICATION"),
@@ -214,7 +252,8 @@ def head_output(
         raise ValueError(
             f"SophiaTrainer does not know the head of {type(model).__name__}: override"
             " sophia_head(self, model, inputs, outputs) in a subclass and return"
-            " hf_sophia.trainer.heads.HeadOutput(logits, targets, likelihood)"
+            " hf_sophia.trainer.heads.HeadOutput(logits, targets, likelihood); or, for a loss that"
+            " is no likelihood, use --optim_args hessian_computation_type=hutchinson"
         )
     return adapter(model, inputs, outputs)
 
@@ -236,7 +275,7 @@ def _labels(model: torch.nn.Module, inputs: Mapping[str, Any], name: str = "labe
         raise ValueError(
             f"the batch for {type(model).__name__} has no {name!r}, only {sorted(inputs)}: Sophia-G"
             " needs them to see which predictions the loss counts. Use a data collator that makes"
-            " them"
+            " them, or, for a loss without labels, --optim_args hessian_computation_type=hutchinson"
         )
     return inputs[name]
 

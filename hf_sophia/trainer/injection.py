@@ -16,6 +16,12 @@ from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
 _stock_init = Trainer.__init__
 
 
+class _InjectedMixin(SophiaTrainerMixin):
+    def __init_subclass__(cls) -> None:
+        # No call to super: the hook of a script's own base is for the script's own classes.
+        pass
+
+
 @functools.cache
 def with_mixin(cls: type) -> type:
     """Return a Trainer's class with `SophiaTrainerMixin` first among its bases.
@@ -30,7 +36,7 @@ def with_mixin(cls: type) -> type:
         return cls
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return types.new_class(
-        cls.__name__, (SophiaTrainerMixin, cls), exec_body=lambda space: space.update(names)
+        cls.__name__, (_InjectedMixin, cls), exec_body=lambda space: space.update(names)
     )
 
 

@@ -166,6 +166,17 @@ def asking_for_logits(model: torch.nn.Module) -> dict[str, bool]:
     return {"skip_logits": False} if "skip_logits" in known else {}
 
 
+def has_fused_head(model: torch.nn.Module) -> bool:
+    """Return whether TRL has given the model a head that is fused with its loss.
+
+    Args:
+        model: The unwrapped model.
+    """
+    # It hides behind the signature of the forward pass that it wraps.
+    own = inspect.signature(base_model(model).forward, follow_wrapped=False).parameters
+    return "fused_lm_head" in own
+
+
 def twice_differentiable_attention() -> Any:
     """Return a context whose attention has a second derivative; the fused kernels have none."""
     return sdpa_kernel(SDPBackend.MATH)

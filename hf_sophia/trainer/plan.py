@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_sophia.trainer.heads import base_model
-from hf_sophia.trainer.own_pass import reentrant_modules
+from hf_sophia.trainer.own_pass import has_fused_head, reentrant_modules
 
 #: Share of the batch that a forward pass for the Hessian alone takes when nothing else is asked.
 DEFAULT_FRACTION = 0.25
@@ -123,6 +123,11 @@ def check_twice_differentiable(args: Any, wrapped: torch.nn.Module, model: torch
         raise ValueError(
             "hessian_computation_type=hutchinson needs a second derivative, which compiled models"
             f" do not have: leave torch_compile off, {instead}"
+        )
+    if args.use_liger_kernel or has_fused_head(model):
+        raise ValueError(
+            "hessian_computation_type=hutchinson needs a second derivative, which the fused loss of"
+            f" Liger or TRL does not have: leave use_liger_kernel off, {instead}"
         )
     if reentrant_modules(model):
         raise ValueError(

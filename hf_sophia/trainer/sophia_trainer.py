@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,11 @@ class SophiaTrainerMixin:
         optimizer = self._sophia
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        if not isinstance(inputs, Mapping):
+            raise ValueError(
+                f"{type(self).__name__} trains on batches of its own making, a"
+                f" {type(inputs).__name__}, whose loss Sophia does not know: use another optimizer"
+            )
         if self._plan is None:
             self._plan = self._make_plan(model, optimizer)
         if not optimizer.hessian_due:
@@ -192,12 +198,27 @@ class SophiaTrainerMixin:
             if self._plan.estimator == "hutchinson":
                 with twice_differentiable_attention():
                     count = count_predictions(model, share)
-                    refresh.add_loss(self.compute_loss(model, dict(share)), count)
+                    refresh.add_loss(self._mean_loss(model, share, count), count)
                 return
+            given = dict(share)
+            if self.label_smoother is not None or self.compute_loss_func is not None:
+                # As in the training pass: the labels are for a loss outside of the model.
+                given.pop("labels", None)
             with without_reentrance(model):
-                outputs = model(**{**share, **asking_for_logits(model)})
+                outputs = model(**given, **asking_for_logits(model))
                 head = self._checked_head(model, share, outputs, None)
                 refresh.add_logits(head, retain_graph=False)
+
+    def _mean_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], count: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Compute the Trainer's loss as the mean over these inputs alone."""
+        if self.compute_loss_func is None:
+            return self.compute_loss(model, dict(inputs))
+        # A function of the user's may rely on the number; the Trainer multiplies what it divides.
+        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=count)
+        scaled = self.args.average_tokens_across_devices
+        return loss / self.accelerator.num_processes if scaled else loss
 
     def _checked_head(
         self,
@@ -209,7 +230,7 @@ class SophiaTrainerMixin:
         """Apply the head's adapter; until a batch has shown it to be right, check it."""
         head = self.sophia_head(model, inputs, outputs)
         if self._checked_model is not model and labels_are_aligned(
-            model, head, inputs, outputs, num_items_in_batch
+            model, head, inputs, outputs, num_items_in_batch, self.accelerator.num_processes
         ):
             self._checked_model = model
         return head
@@ -243,15 +264,16 @@ class SophiaTrainerMixin:
             )
         # Label smoothing and compute_loss_func take the labels out of the inputs.
         kept = dict(inputs)
-        loss, outputs = super().compute_loss(
+        result = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        try:
-            head = self._checked_head(self._unwrapped(model), kept, outputs, num_items_in_batch)
-            usable = head.logits.requires_grad
-        except NoLogitsError:
-            usable = False
-        if usable:
+        # An override further up may not know of outputs.
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
+        head = None
+        if outputs is not None:
+            with suppress(NoLogitsError):
+                head = self._checked_head(self._unwrapped(model), kept, outputs, num_items_in_batch)
+        if head is not None and head.logits.requires_grad:
             self._refresh.add_logits(head, retain_graph=True)
         else:
             # A fused loss, Liger's or TRL's, shows in what it returns only.

@@ -293,6 +293,7 @@ CASES = [
     Case("T5ForTokenClassification", "t5", token_rows, _CLASSES),
     Case("SwitchTransformersForConditionalGeneration", "switch_transformers", seq2seq_rows),
     Case("BartForConditionalGeneration", "bart", seq2seq_rows),
+    Case("BartForCausalLM", "bart", causal_rows),
     Case("BartForSequenceClassification", "bart", class_rows, _CLASSES),
     Case("BartForQuestionAnswering", "bart", answer_rows),
     Case("ViTForImageClassification", "vit", image_rows, _CLASSES),

@@ -141,6 +141,15 @@ def test_unsupported_set_ups_are_refused_before_the_first_step(
         trainer.create_optimizer()
 
 
+def test_a_trainer_that_makes_its_own_batches_is_refused(tiny_gpt2, tmp_path) -> None:
+    class Prompting(SophiaTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, [inputs], num_items_in_batch)
+
+    with pytest.raises(ValueError, match="Prompting trains on batches of its own making, a list"):
+        run(tiny_gpt2(), tmp_path, trainer_class=Prompting)
+
+
 @pytest.mark.parametrize("text", ["0", "1.5", "-0.1", "nan"])
 def test_a_fraction_outside_its_range_is_refused(text, tiny_gpt2, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"hessian_batch_fraction must lie in \(0, 1\], got"):

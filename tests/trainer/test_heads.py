@@ -95,29 +95,89 @@ def test_models_may_return_tuples(tmp_path) -> None:
         run(Plain(), tmp_path, data=data)
 
 
-def test_a_loss_with_an_extra_term_is_compared_by_its_labels(tiny_gpt2, tmp_path) -> None:
-    class WithPenalty(GPT2LMHeadModel):
-        def forward(self, *args, **kwargs):
-            outputs = super().forward(*args, **kwargs)
-            outputs.loss = outputs.loss + 1e-2 * outputs.logits.logsumexp(-1).square().mean()
-            return outputs
+class WithPenalty(GPT2LMHeadModel):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.loss = outputs.loss + 1e-2 * outputs.logits.logsumexp(-1).square().mean()
+        return outputs
+
+
+class PreShifted(GPT2LMHeadModel):
+    def forward(self, input_ids, labels):
+        logits = super().forward(input_ids).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+class IgnoresPadding(GPT2LMHeadModel):
+    def forward(self, input_ids, labels):
+        logits = super().forward(input_ids).logits
+        shifted = labels[:, 1:].flatten()
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), shifted, ignore_index=3)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["1", "2"])
+@pytest.mark.parametrize("model_class", [WithPenalty, PreShifted, IgnoresPadding])
+def test_a_causal_model_with_another_loss_is_caught(
+    model_class, options, tiny_gpt2, tmp_path
+) -> None:
+    model = model_class(tiny_gpt2().config)
+    options = {"max_steps": 2, "remove_unused_columns": False, **options}
+    with pytest.raises(RuntimeError, match=r"not aligned.*HeadOutput\(..., check_loss=False\)"):
+        run(model, tmp_path, **options)
+
+
+def test_a_label_that_the_adapter_alone_leaves_out_is_caught(tiny_gpt2, tmp_path) -> None:
+    data = [
+        {**row, "labels": row["labels"].index_fill(0, torch.arange(1, 12), -100)}
+        for row in dataset()
+    ]
+    model = PreShifted(tiny_gpt2().config)
+    with pytest.raises(RuntimeError, match="the 0 labels that Sophia-G counts for PreShifted"):
+        run(model, tmp_path, data=data, remove_unused_columns=False)
+
+
+def test_a_head_may_say_that_the_loss_holds_more(tiny_gpt2, tmp_path) -> None:
+    class Trusting(SophiaTrainer):
+        def sophia_head(self, model, inputs, outputs):
+            head = super().sophia_head(model, inputs, outputs)
+            return HeadOutput(head.logits, head.targets, check_loss=False)
 
     model = WithPenalty(tiny_gpt2().config)
-    options = {"max_steps": 1, "remove_unused_columns": False}
-    assert all(h.max() > 0 for h in hessians_of(run(model, tmp_path, **options)))
+    options = {"max_steps": 1, "remove_unused_columns": False, "trainer_class": Trusting}
+    trainer = run(model, tmp_path, **options)
+    assert all(h.max() > 0 for h in hessians_of(trainer))
+    assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 44
 
-    class Unshifted(SophiaTrainer):
-        def sophia_head(self, model, inputs, outputs):
-            return HeadOutput(outputs["logits"], inputs["labels"])
 
-    with pytest.raises(RuntimeError, match="not aligned"):
-        run(model, tmp_path, trainer_class=Unshifted, **options)
+@pytest.mark.parametrize("own_pass", ["", ",hessian_batch_fraction=1.0"], ids=["kept", "own"])
+def test_a_loss_of_the_users_own_makes_ambiguous_labels_an_error(own_pass, tmp_path) -> None:
+    case = next(c for c in CASES if c.config.get("num_labels") == 1 and c.family == "roberta")
+    data = [{**row, "labels": torch.tensor(float(i % 2))} for i, row in enumerate(case.rows(8))]
+
+    def binary(outputs, labels, num_items_in_batch=None):
+        return functional.binary_cross_entropy_with_logits(outputs.logits.squeeze(-1), labels)
+
+    options = {
+        "data": data,
+        "extra": {"compute_loss_func": binary},
+        "optim_args": f"rho=0.2{own_pass}",
+        "max_steps": 1,
+    }
+    with pytest.raises(ValueError, match="set model.config.problem_type to one of single_label"):
+        run(case.make(), tmp_path, **options)
+    numbers = run(case.make(problem_type="regression"), tmp_path, **options)
+    flags = run(case.make(problem_type="multi_label_classification"), tmp_path, **options)
+    means = [sum(h.sum() for h in hessians_of(trainer)) for trainer in (numbers, flags)]
+    # A number's label has variance 1/2 and its residual counts twice: 2 against p (1 - p) <= 1/4.
+    assert means[0] > 4 * means[1] > 0
 
 
 def test_a_tuple_of_logits_alone_has_no_loss_to_compare() -> None:
     logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     head = HeadOutput(logits, labels)
-    assert labels_are_aligned(torch.nn.Linear(1, 1), head, {"labels": labels}, (logits,), 4)
+    assert labels_are_aligned(torch.nn.Linear(1, 1), head, {"labels": labels}, (logits,))
 
 
 def test_prompt_tuning_puts_positions_before_the_labelled_ones() -> None:
@@ -147,7 +207,7 @@ def test_answers_beyond_the_text_do_not_count() -> None:
 
 def test_labels_that_do_not_fit_the_logits_are_explained() -> None:
     model = CASES[1].make()
-    inputs, outputs = {"labels": torch.zeros(4, 2)}, {"logits": torch.zeros(4, 3)}
+    inputs, outputs = {"labels": torch.zeros(4, 2).long()}, {"logits": torch.zeros(4, 3)}
     with pytest.raises(
         ValueError, match=r"labels of shape \(4, 2\) do not fit the logits of GPT2F"
     ):

@@ -144,6 +144,20 @@ def test_a_model_of_unknown_head_needs_no_adapter(tmp_path) -> None:
     assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 4
 
 
+def test_a_loss_function_may_need_the_number_of_items(tiny_gpt2, tmp_path) -> None:
+    def summed(outputs, labels, num_items_in_batch):
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        return loss / num_items_in_batch
+
+    options = {"optim_args": WHOLE, "gradient_accumulation_steps": 2}
+    expected = first_hessian(tiny_gpt2, tmp_path, **options)
+    extra = {"compute_loss_func": summed}
+    actual = first_hessian(tiny_gpt2, tmp_path, extra=extra, **options)
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
+
+
 def test_checkpointing_without_reentrance_gives_the_same(tiny_gpt2, tmp_path) -> None:
     expected = first_hessian(tiny_gpt2, tmp_path, optim_args=WHOLE)
     options = {

@@ -81,6 +81,43 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tune(trl, trainer_class, model, tmp_path, callback=None, lora=False, **options):
+    """Fine-tune on sentences of ten words."""
+    rows = [{"text": " ".join(f"w{(i + 3 * j) % 30}" for j in range(10))} for i in range(32)]
+    adapters = peft.LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    values = {
+        "optim": "sophia",
+        "optim_args": "rho=0.2,k=2",
+        "learning_rate": 5e-3,
+        "max_steps": 5,
+        "max_length": 24,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        **options,
+    }
+    trainer = trainer_class(
+        model=model,
+        args=trl.SFTConfig(str(tmp_path), **values),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=word_tokenizer(),
+        callbacks=[callback] if callback else None,
+        peft_config=adapters if lora else None,
+    )
+    trainer.train()
+    return trainer
+
+
+TOKENS = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
+
+
 @pytest.mark.parametrize("how", ["mixin", "injected"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -91,41 +128,10 @@ def test_trls_supervised_fine_tuning(how, lora, packing, tiny_gpt2, tmp_path) ->
         pass
 
     trainer_class = Mixed if how == "mixin" else with_mixin(trl.SFTTrainer)
-    rows = [{"text": " ".join(f"w{(i + 3 * j) % 30}" for j in range(10))} for i in range(32)]
-    recorder = Recorder()
-    model = tiny_gpt2(pad_token_id=0, eos_token_id=2, bos_token_id=2)
-    trainer = trainer_class(
-        model=model,
-        args=trl.SFTConfig(
-            str(tmp_path),
-            optim="sophia",
-            optim_args="rho=0.2,k=2",
-            learning_rate=5e-3,
-            max_steps=5,
-            max_length=24,
-            packing=packing,
-            packing_strategy="wrapped",
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=word_tokenizer(),
-        callbacks=[recorder],
-        peft_config=peft.LoraConfig(
-            r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
-        )
-        if lora
-        else None,
-    )
-    trainer.train()
+    recorder, model = Recorder(), tiny_gpt2(**TOKENS)
+    packed = {"packing": packing, "packing_strategy": "wrapped"}
+    trainer = tune(trl, trainer_class, model, tmp_path, recorder, lora, **packed)
     assert recorder.refreshed == [1, 3, 5]
-    # A starts without a gradient: B is 0.
     assert all(h.max() > 0 for h in hessians_of(trainer))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[-1]["loss"] < logs[0]["loss"]
@@ -133,3 +139,10 @@ def test_trls_supervised_fine_tuning(how, lora, packing, tiny_gpt2, tmp_path) ->
     if not packing:
         # Ten words and an end, of which ten have a predecessor, in a quarter of eight texts.
         assert logs[0]["sophia/hessian_tokens"] == 2 * 10
+
+
+def test_trls_fused_loss_has_no_second_derivative(tiny_gpt2, tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    options = {"optim_args": "hessian_computation_type=hutchinson"}
+    with pytest.raises(ValueError, match="fused loss of Liger or TRL does not have"):
+        tune(trl, with_mixin(trl.SFTTrainer), tiny_gpt2(**TOKENS), tmp_path, **options)

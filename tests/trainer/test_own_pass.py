@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import GPT2LMHeadModel, Trainer
 
-from hf_sophia import SophiaTrainer, gauss_newton_bartlett
+from hf_sophia import SophiaTrainer, SophiaTrainerMixin, gauss_newton_bartlett
 from hf_sophia.trainer import sophia_trainer as trainer_module
 from hf_sophia.trainer.heads import HeadOutput, causal_lm
 from hf_sophia.trainer.noise import Place, label_noise, noise_seed
@@ -354,6 +354,23 @@ def test_a_compute_loss_of_any_kind_works_beside_it(tiny_gpt2, tmp_path) -> None
     expected = first_hessian(tiny_gpt2, tmp_path)
     options = {"trainer_class": Weighted, "optim_args": WHOLE}
     assert_equal(expected, first_hessian(tiny_gpt2, tmp_path, **options))
+
+
+@pytest.mark.parametrize("returned", ["loss alone", "logits beside"])
+def test_an_override_without_outputs_gets_a_pass_of_its_own(returned, tiny_gpt2, tmp_path) -> None:
+    class Plain(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            if returned == "loss alone" or not return_outputs:
+                return outputs.loss
+            return outputs.loss, outputs.logits
+
+    class Mixed(SophiaTrainerMixin, Plain):
+        pass
+
+    trainer = run(tiny_gpt2(), tmp_path, trainer_class=Mixed, max_steps=2)
+    assert trainer._plan.fraction == 0.25
+    assert all(h.max() > 0 for h in hessians_of(trainer))
 
 
 def test_the_plan_is_made_anew_for_each_run(tiny_gpt2, tmp_path) -> None:

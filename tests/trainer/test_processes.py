@@ -58,3 +58,20 @@ def test_hutchinsons_estimate_is_that_of_both(tmp_path) -> None:
     saved = train(tmp_path, "hessian_computation_type=hutchinson,hessian_batch_fraction=1.0")
     assert saved[0]["log"]["sophia/hessian_tokens"] == 2 * 4 * (11 + 5)
     assert all(h.abs().max() > 0 and h.isfinite().all() for h in saved[0]["hessians"])
+
+
+def test_every_kind_of_head_agrees_with_the_scaled_loss(tmp_path) -> None:
+    """The Trainer multiplies the losses of several processes in place; the guard knows."""
+    tests = str(SCRIPTS.parents[1])
+    result = execute([*torchrun(2), SCRIPTS / "two_processes_heads.py", tmp_path], PYTHONPATH=tests)
+    assert result.returncode == 0, result.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    # Three problem types of BERT among them.
+    assert len(ranks[0]) == 9
+    for name, one in ranks[0].items():
+        other = ranks[1][name]
+        assert one["fraction"] is None
+        assert one["count"] == other["count"] > 0
+        pairs = zip(one["hessians"], other["hessians"], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+        assert max(h.max() for h in one["hessians"]) > 0

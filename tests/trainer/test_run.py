@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -229,6 +230,16 @@ def test_the_injection_reaches_subclasses_and_can_be_undone(tiny_gpt2, tmp_path)
             super().__init__(*args, **kwargs)
             self.greeting = greeting
 
+    class Base(Trainer):
+        kinds: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, kind, **kwargs) -> None:
+            super().__init_subclass__(**kwargs)
+            cls.kinds.append(kind)
+
+    class Hooked(Base, kind="own"):
+        pass
+
     def make(cls, **options):
         return cls(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset(), **options)
 
@@ -242,8 +253,11 @@ def test_the_injection_reaches_subclasses_and_can_be_undone(tiny_gpt2, tmp_path)
             assert isinstance(trainer, cls)
             assert type(trainer) is type(make(cls, **options))
             assert type(trainer).__name__ == cls.__name__
-            assert type(trainer).__mro__[1] is SophiaTrainerMixin
+            bases = type(trainer).__mro__
+            assert bases.index(SophiaTrainerMixin) < bases.index(cls)
         assert trainer.greeting == 1
+        assert isinstance(make(Hooked), Hooked)
+        assert Hooked.kinds == ["own"]
         assert type(make(SophiaTrainer)) is SophiaTrainer
         assert issubclass(injection.with_mixin(Seq2SeqTrainer), Seq2SeqTrainer)
     finally:

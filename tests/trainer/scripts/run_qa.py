@@ -44,6 +44,7 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_metrics("eval", trainer.evaluate())
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

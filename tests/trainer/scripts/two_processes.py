@@ -70,6 +70,7 @@ def main(output: str, optim_args: str, static_graph: str) -> None:
         },
         f"{output}/rank{trainer.args.process_index}.pt",
     )
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
