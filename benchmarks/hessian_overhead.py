@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         record = {
-            "command": "python benchmarks/hessian_overhead.py",
+            "command": shlex.join(["python", *sys.argv]),
             "options": {k: v for k, v in vars(options).items() if k != "output"},
             "parameters": model.num_parameters(),
             "environment": environment(options.device),
@@ -130,8 +132,9 @@ def clock(device: str) -> float:
 
 def environment(device: str) -> dict[str, str | int]:
     """Return what the numbers depend on."""
+    processor = platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

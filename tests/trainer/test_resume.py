@@ -2,6 +2,7 @@
 
 import logging
 
+import pytest
 import torch
 
 from hf_sophia import SophiaTrainer
@@ -9,9 +10,15 @@ from hf_sophia import SophiaTrainer
 from .runs import Recorder, arguments, dataset, run, sophia_of
 
 
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(tiny_gpt2, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "way",
+    ["", ",hessian_batch_fraction=0.5", ",hessian_computation_type=hutchinson"],
+    ids=["kept", "own", "hutchinson"],
+)
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(way, tiny_gpt2, tmp_path) -> None:
     # Dropout, accumulation, a schedule, and a save between two refreshes.
     options = {
+        "optim_args": f"rho=0.2,k=10{way}",
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,
