@@ -1,4 +1,4 @@
-"""Makes `sophia`, `adam` and `radam` valid `optim` names of transformers, by patches that can be undone.
+"""Makes `sophia`, `adam` and `radam` valid `optim` names of transformers; it can be undone.
 
 Two tables of transformers know the optimizers: the enum `OptimizerNames`, which the command line,
 `TrainingArguments` and `set_optimizer` check against, and the handlers that build an optimizer. An

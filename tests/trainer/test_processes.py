@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import default_collate
 
 from .by_hand import exact_step_estimate
-from .processes import execute, torchrun
+from .processes import all_ranks_finished, execute, torchrun
 from .scripts.two_processes import rows, tiny_model
 from .test_run import SCRIPTS
 
@@ -13,7 +13,7 @@ from .test_run import SCRIPTS
 def train(tmp_path, optim_args: str, static_graph: bool = False) -> list[dict]:
     script = [SCRIPTS / "two_processes.py", tmp_path, optim_args, str(static_graph).lower()]
     result = execute([*torchrun(2), *script])
-    assert result.returncode == 0, result.stderr
+    assert all_ranks_finished(result), result.stderr
     saved = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for rank in saved:
         assert rank["wrapper"] == "DistributedDataParallel"
@@ -64,7 +64,7 @@ def test_every_kind_of_head_agrees_with_the_scaled_loss(tmp_path) -> None:
     """The Trainer multiplies the losses of several processes in place; the guard knows."""
     tests = str(SCRIPTS.parents[1])
     result = execute([*torchrun(2), SCRIPTS / "two_processes_heads.py", tmp_path], PYTHONPATH=tests)
-    assert result.returncode == 0, result.stderr
+    assert all_ranks_finished(result), result.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     # Three problem types of BERT among them.
     assert len(ranks[0]) == 9

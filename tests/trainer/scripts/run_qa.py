@@ -44,7 +44,7 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_metrics("eval", trainer.evaluate())
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main(output: str, optim_args: str, static_graph: str) -> None:
         },
         f"{output}/rank{trainer.args.process_index}.pt",
     )
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

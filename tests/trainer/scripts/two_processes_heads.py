@@ -51,7 +51,7 @@ def main(output: str) -> None:
                 "fraction": trainer._plan.fraction,
             }
     torch.save(saved, f"{output}/rank{trainer.args.process_index}.pt")
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
