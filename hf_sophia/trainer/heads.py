@@ -206,11 +206,6 @@ def _adapter_of(model: torch.nn.Module) -> Adapter | None:
     return None
 
 
-def has_known_head(model: torch.nn.Module) -> bool:
-    """Return whether the table has an adapter for the model."""
-    return _adapter_of(model) is not None
-
-
 def shifts_labels(model: torch.nn.Module) -> bool:
     """Return whether the model's own loss shifts its labels by one position."""
     adapter = _adapter_of(model)

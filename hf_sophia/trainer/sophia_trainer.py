@@ -131,7 +131,7 @@ class SophiaTrainerMixin:
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Do the Trainer's own step; where the Hessian is due, estimate it on the same graph.
+        """Do the Trainer's own step; where the Hessian is due, estimate it too.
 
         Args:
             model: The wrapped model.
@@ -142,7 +142,9 @@ class SophiaTrainerMixin:
             The training loss of this micro-batch, detached.
 
         Raises:
-            RuntimeError: A `compute_loss` further up kept the logits from being seen.
+            RuntimeError: A `compute_loss` further up kept the logits from being seen, or the true
+                labels' loss is not the model's own.
+            ValueError: The set-up, the head or the batch is not supported.
         """
         optimizer = self._sophia
         if optimizer is None:

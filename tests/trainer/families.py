@@ -125,8 +125,6 @@ class Case:
         family: A key of `CONFIGS`.
         rows: Makes `n` training examples of this head.
         config: What the head wants of the configuration.
-        predictions: Whether an example's labels all count, and how many they are: None when it
-            depends on the example.
     """
 
     model: str
