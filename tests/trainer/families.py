@@ -113,6 +113,54 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_size": 8,
         "patch_size": 4,
     },
+    "whisper": {
+        "vocab_size": VOCABULARY,
+        "num_mel_bins": 4,
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_source_positions": 8,
+        "max_target_positions": 16,
+        "dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+    },
+    "wav2vec2": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "conv_dim": (8, 8),
+        "conv_stride": (4, 4),
+        "conv_kernel": (8, 4),
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "classifier_proj_size": 8,
+        "layerdrop": 0.0,
+        "apply_spec_augment": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "feat_proj_dropout": 0.0,
+    },
+    "videomae": {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_frames": 2,
+        "tubelet_size": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
 }
 
 
@@ -256,6 +304,30 @@ def image_rows(count: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def speech_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = _generator()
+    return [
+        {"input_features": torch.randn(4, 16, generator=generator), "labels": row["labels"]}
+        for row in seq2seq_rows(count)
+    ]
+
+
+def sound_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = _generator()
+    return [
+        {
+            "input_values": torch.randn(400, generator=generator),
+            "labels": torch.tensor(i % CLASSES),
+        }
+        for i in range(count)
+    ]
+
+
+def video_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    rows = image_rows(count)
+    return [{**row, "pixel_values": row["pixel_values"].expand(2, -1, -1, -1)} for row in rows]
+
+
 _CLASSES = {"num_labels": CLASSES}
 _FLAGS = {"num_labels": CLASSES, "problem_type": "multi_label_classification"}
 _NUMBERS = {"num_labels": CLASSES, "problem_type": "regression"}
@@ -295,5 +367,7 @@ CASES = [
     Case("BartForSequenceClassification", "bart", class_rows, _CLASSES),
     Case("BartForQuestionAnswering", "bart", answer_rows),
     Case("ViTForImageClassification", "vit", image_rows, _CLASSES),
-    Case("ViTForImageClassification", "vit", image_rows, {"num_labels": CLASSES}),
+    Case("VideoMAEForVideoClassification", "videomae", video_rows, _CLASSES),
+    Case("Wav2Vec2ForSequenceClassification", "wav2vec2", sound_rows, _CLASSES),
+    Case("WhisperForConditionalGeneration", "whisper", speech_rows),
 ]
