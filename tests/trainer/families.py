@@ -151,6 +151,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "activation_dropout": 0.0,
         "feat_proj_dropout": 0.0,
     },
+    "llava": {
+        "text_config": {**_DECODER, "model_type": "llama", "vocab_size": VOCABULARY + 1},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": 8,
+            "patch_size": 4,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "projection_dim": 16,
+        },
+        "image_token_id": VOCABULARY,
+        "vision_feature_layer": -1,
+    },
     "videomae": {
         "image_size": 8,
         "patch_size": 4,
@@ -328,6 +343,22 @@ def video_rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{**row, "pixel_values": row["pixel_values"].expand(2, -1, -1, -1)} for row in rows]
 
 
+def picture_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    """Texts that begin with the four patches of a picture."""
+    rows = []
+    for text, image in zip(causal_rows(count), image_rows(count), strict=True):
+        patches = torch.full((4,), VOCABULARY)
+        rows.append(
+            {
+                "pixel_values": image["pixel_values"],
+                "input_ids": torch.cat([patches, text["input_ids"]]),
+                "attention_mask": torch.cat([torch.ones_like(patches), text["attention_mask"]]),
+                "labels": torch.cat([torch.full_like(patches, -100), text["labels"]]),
+            }
+        )
+    return rows
+
+
 _CLASSES = {"num_labels": CLASSES}
 _FLAGS = {"num_labels": CLASSES, "problem_type": "multi_label_classification"}
 _NUMBERS = {"num_labels": CLASSES, "problem_type": "regression"}
@@ -343,6 +374,7 @@ CASES = [
     Case("Qwen3ForCausalLM", "qwen3", causal_rows),
     Case("Qwen3ForTokenClassification", "qwen3", token_rows, _CLASSES),
     Case("Qwen3MoeForCausalLM", "qwen3_moe", causal_rows),
+    Case("LlavaForConditionalGeneration", "llava", picture_rows),
     Case("MixtralForCausalLM", "mixtral", causal_rows),
     Case("BertForMaskedLM", "bert", masked_rows),
     Case("BertLMHeadModel", "bert", causal_rows, {"is_decoder": True}),
