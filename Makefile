@@ -8,11 +8,11 @@ FLOOR ?= transformers==5.17.*
 ARGS ?=
 
 
-.PHONY: help install demo test test-floor lint format clean
+.PHONY: help install demo test test-distributed test-floor lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /|/' | while IFS='|' read -r target text; do \
-		printf '  make %-12s %s\n' "$$target" "$$text"; done
+		printf '  make %-16s %s\n' "$$target" "$$text"; done
 
 install: $(VENV)/installed  ## Create $(VENV) with the package, tests and plots
 
@@ -26,6 +26,9 @@ demo: install  ## Train a small GPT-2 with --optim sophia on real text (a few mi
 
 test: install  ## Run all tests; ARGS='-k name' picks some
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-distributed: install  ## Run the tests that train in several processes
+	$(VENV)/bin/python -m pytest -m distributed $(ARGS)
 
 test-floor:  ## Run all tests on the oldest transformers that is tested, in its own environment
 	$(MAKE) test VENV=.venv-floor PIN='$(FLOOR)'

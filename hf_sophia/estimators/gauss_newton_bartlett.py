@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from hf_sophia.estimators.differentiation import gradients
 from hf_sophia.estimators.grouped import GroupedEstimate
 from hf_sophia.estimators.likelihoods import sampled_cotangent
 
@@ -21,6 +22,9 @@ class GaussNewtonBartlett(GroupedEstimate):
     Every prediction's label is drawn on its own, so the cross terms of `G_r^2` vanish in the mean
     and the estimate is unbiased for the diagonal of the Gauss-Newton matrix of the mean loss,
     however the predictions are grouped. More groups have fewer cross terms and less variance.
+
+    Under FSDP2 a group is what all processes add together, and it is made after the backward pass
+    of the step's last micro-batch, with every parameter that trains.
 
     Args:
         params: The parameters to estimate for; those with `requires_grad=False` are left out.
@@ -50,8 +54,10 @@ class GaussNewtonBartlett(GroupedEstimate):
             retain_graph: Keep the graph for a later backward pass through it.
 
         Raises:
-            ValueError: The logits carry no graph, or an argument is wrong.
-            RuntimeError: The graph was freed by an earlier backward pass.
+            ValueError: The logits carry no graph, an argument is wrong, or only some parameters are
+                sharded.
+            RuntimeError: The graph was freed by an earlier backward pass, or FSDP2 does not reduce
+                gradients at this point of the step.
         """
         self._check_params()
         differentiable = isinstance(logits, torch.Tensor) and logits.is_floating_point()
@@ -64,13 +70,7 @@ class GaussNewtonBartlett(GroupedEstimate):
             logits, targets, likelihood=likelihood, generator=generator
         )
         try:
-            grads = torch.autograd.grad(
-                logits,
-                self._params,
-                grad_outputs=cotangent,
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
+            grads = gradients(logits, self._params, cotangent, retain_graph=retain_graph)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise

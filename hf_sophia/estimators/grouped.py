@@ -1,9 +1,13 @@
 """What estimators share: sums over groups of predictions, over how many there are."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
+
+#: Size of the flat buffers in which sums are reduced, in bytes: few calls, little extra memory.
+BUCKET_BYTES = 64 * 2**20
 
 
 class GroupedEstimate:
@@ -41,14 +45,21 @@ class GroupedEstimate:
     def all_reduce(self) -> None:
         """Add up sums and counts over the processes of torch's default group.
 
-        Every process calls it once, with the same parameters; then all hold the same estimate.
+        Every process calls it once, with the same parameters; then all hold the same estimate, or
+        their shards of it. What sharded parameters have was reduced before it was squared.
         """
         self._check_params()
-        if self._count is None:
-            self._count = torch.zeros((), dtype=torch.long, device=self._params[0].device)
+        device = self._params[0].device
+        count = torch.zeros((), dtype=torch.long) if self._count is None else self._count
+        self._count = count.to(device)
         distributed.all_reduce(self._count)
-        for param in self._params:
-            distributed.all_reduce(self._sum_of(param))
+        whole = [self._sum_of(p) for p in self._params if not isinstance(p, DTensor)]
+        for bucket in _buckets(whole):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            distributed.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     @torch.no_grad()
     def estimate(self) -> dict[torch.Tensor, torch.Tensor]:
@@ -61,10 +72,22 @@ class GroupedEstimate:
         Raises:
             ValueError: No prediction counted.
         """
-        if self.count == 0:
+        count = self.count
+        if count == 0:
             raise ValueError("no prediction counts: every target is -100, so there is no estimate")
         result = {param: self._sum_of(param) for param in self._params}
         for total in result.values():
-            total.div_(self._count.to(total.device))
+            total.div_(count)
         self._sums, self._count = {}, None
         return result
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Gather tensors of one device and dtype, in their order, into groups of about BUCKET_BYTES."""
+    open_buckets: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_buckets.setdefault((tensor.device, tensor.dtype), [])
+        bucket.append(tensor)
+        if sum(member.nbytes for member in bucket) >= BUCKET_BYTES:
+            yield open_buckets.pop((tensor.device, tensor.dtype))
+    yield from open_buckets.values()

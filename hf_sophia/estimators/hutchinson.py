@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hf_sophia.estimators.grouped import GroupedEstimate
 
@@ -97,7 +98,8 @@ def hutchinson(
         not reach or the loss is linear.
 
     Raises:
-        ValueError: The loss has more than one element or no graph, or an option is out of range.
+        ValueError: The loss has more than one element or no graph, an option is out of range, or a
+            parameter is sharded.
         RuntimeError: An operation in the graph has no second derivative, or the graph was freed.
 
     Example:
@@ -121,6 +123,12 @@ def hutchinson(
     params = list(dict.fromkeys(p for p in params if p.requires_grad))
     if not params:
         raise ValueError("params holds no parameter that requires a gradient")
+    if any(isinstance(param, DTensor) for param in params):
+        raise ValueError(
+            "hutchinson does not support sharded parameters (DTensor): they are not in the graph"
+            " that it differentiates twice. Use gauss_newton_bartlett, or whole parameters on each"
+            " process"
+        )
     try:
         return _estimate(loss, params, probes, distribution, generator)
     except RuntimeError as error:

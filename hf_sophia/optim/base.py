@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import Optimizer
 
+from hf_sophia.optim.sharding import agreed_first, local, local_state, placed_like
 from hf_sophia.optim.validation import check_betas, check_non_negative
 from hf_sophia.optim.weight_decay import WeightDecay
 
@@ -29,8 +30,14 @@ def first_non_finite(tensors: list[torch.Tensor]) -> int | None:
     """Return the index of the first tensor that holds a NaN or an infinity, else None.
 
     One pass over the norms and one device sync when all is well; the exact search runs only
-    when a norm is not finite, which large but finite values can cause too.
+    when a norm is not finite, which large but finite values can cause too. Of sharded tensors each
+    process sees its shard, and all of them get the same answer: else those that found nothing would
+    go on and wait for the others.
     """
+    return agreed_first(_first_non_finite([local(tensor) for tensor in tensors]), tensors)
+
+
+def _first_non_finite(tensors: list[torch.Tensor]) -> int | None:
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
@@ -96,7 +103,8 @@ class BaseOptimizer(Optimizer):
     def _update(self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> None:
         """Advance `state["step"]` and the state tensors and change `theta`, all in place.
 
-        `theta`, `grad` and the state tensors share the shape and `state_dtype(theta)`.
+        `theta`, `grad` and the state tensors share the shape and `state_dtype(theta)`. Of sharded
+        parameters they are this process's shards, which may be empty.
         """
 
     def add_param_group(self, param_group: Group) -> None:
@@ -156,11 +164,15 @@ class BaseOptimizer(Optimizer):
         self._check_gradients([param for param, _ in pairs])
         for param, group in pairs:
             dtype = state_dtype(param)
-            theta = param if param.dtype == dtype else param.to(dtype)
-            grad = self.weight_decay(theta, param.grad.to(dtype), group)
-            self._update(theta, grad, self._state_of(param, group), group)
-            if theta is not param:
-                param.copy_(theta)
+            shard, grad = local(param), local(placed_like(param.grad, param))
+            theta = shard.to(dtype)
+            grad = self.weight_decay(theta, grad.to(dtype), group)
+            state = self._state_of(param, group)
+            shards = local_state(state)
+            self._update(theta, grad, shards, group)
+            state["step"] = shards["step"]
+            if theta is not shard:
+                shard.copy_(theta)
 
     def _check_gradients(self, params: list[torch.Tensor]) -> None:
         name = self._name
@@ -206,7 +218,8 @@ class BaseOptimizer(Optimizer):
         """Load a state dictionary, keeping every state tensor in fp32 at least.
 
         torch's own method casts state to the parameter's dtype, which would round a bf16 run's
-        moving averages at every resume.
+        moving averages at every resume. Whole tensors, of a run on one process, are cut into the
+        shards of parameters that are sharded here.
 
         Raises:
             ValueError: It was saved by another optimizer, or for parameters of another shape or
@@ -226,6 +239,7 @@ class BaseOptimizer(Optimizer):
         for param, _, saved in self._match(exact):
             for name, value in saved.items():
                 if isinstance(value, torch.Tensor):
+                    value = placed_like(value, param)
                     self.state[param][name] = value.to(param.device, state_dtype(param), copy=True)
 
     def _match(self, state_dict: dict[str, Any]) -> Iterable[tuple[torch.Tensor, Group, State]]:

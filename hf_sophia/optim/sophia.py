@@ -8,6 +8,7 @@ import torch
 
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
 from hf_sophia.optim.base import BaseOptimizer, Group, State, first_non_finite
+from hf_sophia.optim.sharding import local, placed_like, total
 from hf_sophia.optim.validation import check_count, check_positive, check_positive_integer
 from hf_sophia.optim.weight_decay import WeightDecay
 
@@ -181,8 +182,9 @@ class Sophia(BaseOptimizer):
 
         Args:
             mapping: The estimate of each parameter, shaped like it; computed in any floating
-                dtype, folded in fp32 at least. Parameters that are missing keep their h. An empty
-                mapping says that this refresh was left out on purpose.
+                dtype, folded in fp32 at least. For a sharded parameter a DTensor, or the same whole
+                tensor on every process. Parameters that are missing keep their h. An empty mapping
+                says that this refresh was left out on purpose.
 
         Raises:
             ValueError: A key is not a parameter of this optimizer, or an estimate has another
@@ -208,8 +210,9 @@ class Sophia(BaseOptimizer):
                 " infinity; nothing was changed. Leave this refresh out with update_hessian({})"
             )
         for param, estimate in mapping.items():
-            hessian = self._state_of(param, groups[param])["hessian"]
-            hessian.lerp_(estimate.to(hessian.dtype), 1.0 - groups[param]["betas"][1])
+            hessian = local(self._state_of(param, groups[param])["hessian"])
+            estimate = local(placed_like(estimate, param)).to(hessian)
+            hessian.lerp_(estimate, 1.0 - groups[param]["betas"][1])
         for group in self.param_groups:
             group["refreshed_step"] = self._next_step
         self._missed_step = None
@@ -330,25 +333,31 @@ class Sophia(BaseOptimizer):
 
         That is `|m| >= rho max(h, eps)`, over all parameters that have moved; the authors' win rate
         is 1 minus it. A zero-dimensional tensor on the parameters' device, without a device sync.
+        Where parameters are sharded, all processes call it together.
         """
-        clipped, total = [], 0
+        moved, clipped = [], []
         for group in self.param_groups:
-            for state in map(self.state.get, group["params"]):
+            for param in group["params"]:
+                state = self.state.get(param)
                 if state and state["step"]:
-                    bound = state["hessian"].clamp(min=group["eps"]).mul_(group["rho"])
-                    clipped.append((state["exp_avg"].abs() >= bound).sum())
-                    total += bound.numel()
-        if total == 0:
+                    bound = local(state["hessian"]).clamp(min=group["eps"]).mul_(group["rho"])
+                    clipped.append((local(state["exp_avg"]).abs() >= bound).sum())
+                    moved.append(param)
+        if not moved:
             return torch.zeros(())
-        return torch.stack([c.to(clipped[0].device) for c in clipped]).sum() / total
+        return total(clipped, moved) / sum(param.numel() for param in moved)
 
     @torch.no_grad()
     def hessian_norm(self) -> torch.Tensor:
-        """Return the L2 norm of h over all parameters, as a zero-dimensional fp32 tensor."""
-        norms = [state["hessian"].norm() for state in self.state.values() if state]
-        if not norms:
+        """Return the L2 norm of h over all parameters, as a zero-dimensional fp32 tensor.
+
+        Where parameters are sharded, all processes call it together.
+        """
+        params = [param for param, state in self.state.items() if state]
+        if not params:
             return torch.zeros(())
-        return torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).norm()
+        norms = [local(self.state[param]["hessian"]).norm() for param in params]
+        return total([norm.to(torch.float32).square() for norm in norms], params).sqrt()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary; the refresh phase follows from the loaded step count.

@@ -9,6 +9,8 @@ from .processes import all_ranks_finished, execute, torchrun
 from .scripts.two_processes import rows, tiny_model
 from .test_run import SCRIPTS
 
+pytestmark = pytest.mark.distributed
+
 
 def train(tmp_path, optim_args: str, static_graph: bool = False) -> list[dict]:
     script = [SCRIPTS / "two_processes.py", tmp_path, optim_args, str(static_graph).lower()]
