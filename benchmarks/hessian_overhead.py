@@ -23,8 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sophia import Sophia
 from hf_sophia.trainer.heads import head_output
-from hf_sophia.trainer.noise import Place, noise_seed
-from hf_sophia.trainer.own_pass import BatchShare, undisturbed
+from hf_sophia.trainer.noise import noise_seed
+from hf_sophia.trainer.own_pass import share_counts, undisturbed
 from hf_sophia.trainer.refresh import HessianRefresh
 
 #: The share of the batch of each way; None: the kept graph of the training pass.
@@ -99,28 +99,25 @@ def step(
 ) -> None:
     """Take one training step, with a refresh unless it is the plain one."""
     refresh = HessianRefresh(model.parameters(), seed=0, step=turn, rank=0)
-    if way not in ("plain", "kept graph"):
-        own_pass(model, inputs, refresh, WAYS[way])
+    refresh.batches.append(inputs)
     outputs = model(**inputs)
     if way == "kept graph":
-        refresh.add_logits(head_output(model, inputs, outputs), retain_graph=True)
-    optimizer.update_hessian(refresh.estimate() if way != "plain" else {})
+        refresh.add_graph(head_output(model, inputs, outputs))
     outputs.loss.backward()
+    if way not in ("plain", "kept graph"):
+        own_pass(model, refresh, WAYS[way])
+    optimizer.update_hessian(refresh.estimate() if way != "plain" else {})
     optimizer.step()
     optimizer.zero_grad()
 
 
-def own_pass(
-    model: GPT2LMHeadModel,
-    inputs: dict[str, torch.Tensor],
-    refresh: HessianRefresh,
-    fraction: float,
-) -> None:
+def own_pass(model: GPT2LMHeadModel, refresh: HessianRefresh, fraction: float) -> None:
     """Estimate in a forward pass of its own, as the Trainer does."""
-    share = BatchShare(fraction).take(inputs, torch.Generator().manual_seed(0))
-    with undisturbed(model, noise_seed(Place(0, 0, 0, 0), "dropout")):
+    (count,) = share_counts(refresh.batches, fraction)
+    share = refresh.part(0, count)
+    with undisturbed(model, noise_seed(refresh.place(0), "dropout")):
         outputs = model(**share)
-        refresh.add_logits(head_output(model, share, outputs), retain_graph=False)
+        refresh.add_logits(head_output(model, share, outputs), 0)
 
 
 def clock(device: str) -> float:

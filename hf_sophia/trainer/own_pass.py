@@ -4,56 +4,74 @@ import functools
 import inspect
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy
 import torch
+from torch import distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_sophia.estimators.likelihoods import IGNORE_INDEX
 from hf_sophia.trainer.heads import base_model, shifts_labels
 
 
-class BatchShare:
-    """Takes a share of a step's examples, spread over its micro-batches.
+def share_counts(batches: Sequence[Mapping[str, Any]], fraction: float) -> list[int]:
+    """Say how many examples of each micro-batch a share of the step's examples takes.
 
     After each micro-batch `ceil(fraction * seen)` examples have been taken, so that the first one
-    gives at least one and a fraction that is smaller than one example a micro-batch skips some.
+    gives at least one and a fraction that is smaller than one example a micro-batch skips some. A
+    batch that can't be cut along the first dimension of all its tensors, a packed one for instance,
+    is taken whole, and later ones are skipped for it.
 
     Args:
-        fraction: The share of the examples, in (0, 1].
+        batches: The step's micro-batches.
+        fraction: The share, in (0, 1].
     """
-
-    def __init__(self, fraction: float) -> None:
-        self._fraction, self._seen, self._taken = fraction, 0, 0
-
-    def take(self, inputs: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any] | None:
-        """Return a random part of a micro-batch, or None where none of it is needed.
-
-        A batch that can't be cut along the first dimension of all its tensors, a packed one for
-        instance, is taken whole, and later ones are skipped for it.
-
-        Args:
-            inputs: The micro-batch.
-            generator: Source of the choice, on the CPU: batches may be sorted.
-        """
+    counts: list[int] = []
+    seen = 0
+    for inputs in batches:
         rows = _rows(inputs)
-        self._seen += rows
+        seen += rows
         # 0.1 * 30 is a little more than 3.
-        wanted = math.ceil(self._fraction * self._seen - 1e-9) - self._taken
-        if wanted <= 0:
-            return None
-        if wanted >= rows or not _divisible(inputs, rows):
-            self._taken += rows
-            return dict(inputs)
-        self._taken += wanted
-        chosen = torch.randperm(rows, generator=generator)[:wanted].sort().values
-        return {
-            name: value[chosen.to(value.device)] if _is_batched(value) else value
-            for name, value in inputs.items()
-        }
+        wanted = max(0, math.ceil(fraction * seen - 1e-9) - sum(counts))
+        whole = wanted >= rows or (wanted > 0 and not _divisible(inputs, rows))
+        counts.append(rows if whole else wanted)
+    return counts
+
+
+def agreed_counts(counts: list[int], device: torch.device) -> list[int]:
+    """Make processes that run each pass together agree which micro-batches have one.
+
+    Args:
+        counts: This process's counts of examples; their number is the same on all processes.
+        device: Where the processes talk.
+
+    Returns:
+        The counts, with one example where others take some and this process none.
+    """
+    wanted = torch.tensor([min(count, 1) for count in counts], device=device)
+    distributed.all_reduce(wanted, distributed.ReduceOp.MAX)
+    return [max(count, least) for count, least in zip(counts, wanted.tolist(), strict=True)]
+
+
+def take_rows(inputs: Mapping[str, Any], count: int, generator: torch.Generator) -> dict[str, Any]:
+    """Return a random part of a micro-batch, or all of it where it can't be cut.
+
+    Args:
+        inputs: The micro-batch.
+        count: The number of its examples to take.
+        generator: Source of the choice, on the CPU: batches may be sorted.
+    """
+    rows = _rows(inputs)
+    if count >= rows or not _divisible(inputs, rows):
+        return dict(inputs)
+    chosen = torch.randperm(rows, generator=generator)[:count].sort().values
+    return {
+        name: value[chosen.to(value.device)] if _is_batched(value) else value
+        for name, value in inputs.items()
+    }
 
 
 def _is_batched(value: Any) -> bool:

@@ -1,12 +1,14 @@
 """One Hessian refresh of a training run: the estimate over the micro-batches of one step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from hf_sophia.estimators import GaussNewtonBartlett, Hutchinson
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.noise import Place, label_noise, noise_seed
+from hf_sophia.trainer.own_pass import take_rows
 
 _ESTIMATORS = {"gnb": GaussNewtonBartlett, "hutchinson": Hutchinson}
 
@@ -14,12 +16,16 @@ _ESTIMATORS = {"gnb": GaussNewtonBartlett, "hutchinson": Hutchinson}
 class HessianRefresh:
     """Collects the estimate over the micro-batches of one step, and over all processes.
 
+    What the kept graphs give is added as they come; `batches` keeps every micro-batch for passes of
+    their own after the last one. The Trainer holds them all until then as well.
+
     Args:
         params: The parameters that train.
         seed: The run's seed.
         step: The optimizer steps taken before this one.
         rank: The process's index.
         estimator: `"gnb"` or `"hutchinson"`.
+        fraction: The share of the examples for passes of their own; None: graphs are kept.
     """
 
     def __init__(
@@ -30,21 +36,55 @@ class HessianRefresh:
         step: int,
         rank: int,
         estimator: str = "gnb",
+        fraction: float | None = None,
     ) -> None:
         self._seed, self._step, self._rank = seed, step, rank
-        self._estimator = _ESTIMATORS[estimator](params)
-        self.micro_batches = 0
+        self._params, self._kind = list(params), _ESTIMATORS[estimator]
+        self.batches: list[Mapping[str, Any]] = []
+        self.start_over(fraction)
 
-    @property
-    def place(self) -> Place:
-        """Where the next micro-batch stands in the run."""
-        return Place(self._seed, self._step, self._rank, self.micro_batches)
+    def start_over(self, fraction: float | None) -> None:
+        """Forget what was collected, and go on with passes of their own on a share.
 
-    def add_logits(self, head: HeadOutput, *, retain_graph: bool) -> None:
+        Args:
+            fraction: The share.
+        """
+        self.fraction = fraction
+        self._estimator = self._kind(self._params)
+        self.seen_graphs = 0
+
+    def place(self, index: int) -> Place:
+        """Where a micro-batch of this step stands in the run."""
+        return Place(self._seed, self._step, self._rank, index)
+
+    def part(self, index: int, count: int) -> dict[str, Any]:
+        """Return a random part of a micro-batch, the same one at every call.
+
+        Args:
+            index: Which micro-batch.
+            count: The number of its examples to take.
+        """
+        rows = torch.Generator().manual_seed(noise_seed(self.place(index), "rows"))
+        return take_rows(self.batches[index], count, rows)
+
+    def add_graph(self, head: HeadOutput) -> None:
+        """Differentiate the sampled labels of the next micro-batch on its training graph, kept.
+
+        Args:
+            head: Its logits and which predictions count.
+
+        Raises:
+            ValueError, RuntimeError: As for `add_logits`.
+        """
+        self.add_logits(head, self.seen_graphs, retain_graph=True)
+        self.seen_graphs += 1
+
+    def add_logits(self, head: HeadOutput, index: int, *, retain_graph: bool = False) -> None:
         """Differentiate the sampled labels of one micro-batch.
 
         Args:
             head: Its logits and which predictions count.
+            index: Which micro-batch of the step it is.
             retain_graph: Keep the graph for the training loss.
 
         Raises:
@@ -56,7 +96,7 @@ class HessianRefresh:
                 head.logits,
                 head.targets,
                 likelihood=head.likelihood,
-                generator=label_noise(*self.place),
+                generator=label_noise(*self.place(index)),
                 retain_graph=retain_graph,
             )
         except RuntimeError as error:
@@ -66,25 +106,20 @@ class HessianRefresh:
                 "Sophia differentiates the graph once more, which reentrant gradient checkpointing"
                 " does not allow: call torch.utils.checkpoint with use_reentrant=False"
             ) from error
-        self.micro_batches += 1
 
-    def add_loss(self, loss: torch.Tensor, count: torch.Tensor | int) -> None:
+    def add_loss(self, loss: torch.Tensor, count: torch.Tensor | int, index: int) -> None:
         """Differentiate the loss of one micro-batch twice, along a probe.
 
         Args:
             loss: Its mean loss with its graph.
             count: The number of its predictions.
+            index: Which micro-batch of the step it is.
 
         Raises:
             ValueError, RuntimeError: As for `hf_sophia.hutchinson`.
         """
-        probe = torch.Generator(loss.device).manual_seed(noise_seed(self.place, "probe"))
+        probe = torch.Generator(loss.device).manual_seed(noise_seed(self.place(index), "probe"))
         self._estimator.add(loss, count, generator=probe)
-        self.micro_batches += 1
-
-    def skip(self) -> None:
-        """Leave one micro-batch out."""
-        self.micro_batches += 1
 
     def all_reduce(self) -> None:
         """Add up what all processes have collected; every one of them calls it."""

@@ -8,29 +8,31 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.trainer import Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
+from hf_sophia.trainer.health import HessianHealth
 from hf_sophia.trainer.noise import noise_seed
 from hf_sophia.trainer.own_pass import (
-    BatchShare,
+    agreed_counts,
     asking_for_logits,
     count_predictions,
+    share_counts,
     twice_differentiable_attention,
     undisturbed,
     without_reentrance,
 )
-from hf_sophia.trainer.plan import (
-    DEFAULT_FRACTION,
-    HessianPlan,
+from hf_sophia.trainer.plan import DEFAULT_FRACTION, HessianPlan, make_plan
+from hf_sophia.trainer.refresh import HessianRefresh
+from hf_sophia.trainer.support import (
     check_supported,
     check_twice_differentiable,
-    make_plan,
+    check_wrapped,
 )
-from hf_sophia.trainer.refresh import HessianRefresh
 from hf_sophia.trainer.trainer_sophia import TrainerSophia
 
 logger = logging.getLogger(__name__)
@@ -50,18 +52,17 @@ class SophiaTrainerMixin:
     `sophia/hessian_norm` (L2 norm of h) and `sophia/hessian_tokens` (B of the last refresh).
 
     Where the graph of the training pass can't be used, and on request (`hessian_batch_fraction`), a
-    forward pass of its own takes a share of the batch. Runs on one process or with plain
-    DistributedDataParallel; other set-ups are refused before the first step.
+    forward pass of its own takes a share of the batch. Runs on one process, with
+    DistributedDataParallel or with FSDP version 2; other set-ups are refused before the first step.
     """
 
     # The state of a run, on the class: there is no constructor, so that a Trainer that was made
     # without the mixin can take it on.
     _plan: HessianPlan | None = None
     _refresh: HessianRefresh | None = None
-    _share: BatchShare | None = None
+    _health: HessianHealth | None = None
     _hessian_tokens: int | None = None
     _checked_model: torch.nn.Module | None = None
-    _warned_causes: frozenset[str] = frozenset()
 
     @property
     def _sophia(self) -> Sophia | None:
@@ -82,25 +83,22 @@ class SophiaTrainerMixin:
         self._refresh = self._plan = None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._sophia is not None:
-            check_supported(self.args, self.accelerator, self.model)
+            check_supported(self.args, self.accelerator)
         return optimizer
 
     def _make_plan(self, wrapped: torch.nn.Module, optimizer: Sophia) -> HessianPlan:
         """Choose the way to the Hessian for this run, and refuse models that leave none."""
         model = self._unwrapped(wrapped)
-        check_supported(self.args, self.accelerator, model)
+        check_supported(self.args, self.accelerator)
+        check_wrapped(wrapped, model, self.accelerator)
         estimator = optimizer.param_groups[0]["hessian_computation_type"]
         if estimator == "hutchinson":
             check_twice_differentiable(self.args, wrapped, model)
         asked = isinstance(optimizer, TrainerSophia) and optimizer.hessian_batch_fraction
         plan = make_plan(wrapped, model, estimator, asked or None)
         logger.info("Hessian by %s: %s", plan, plan.reason)
+        self._health = HessianHealth(optimizer.param_groups[0]["k"], self.state.global_step + 1)
         return plan
-
-    def _turn_to_own_pass(self, reason: str) -> None:
-        self._plan = replace(self._plan, fraction=DEFAULT_FRACTION, reason=reason)
-        self._share = BatchShare(DEFAULT_FRACTION)
-        logger.info("Hessian by %s: %s", self._plan, reason)
 
     def _unwrapped(self, model: torch.nn.Module) -> torch.nn.Module:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -165,13 +163,13 @@ class SophiaTrainerMixin:
                 step=self.state.global_step,
                 rank=self.args.process_index,
                 estimator=self._plan.estimator,
+                fraction=self._plan.fraction,
             )
-            self._share = BatchShare(self._plan.fraction or 1.0)
-        seen = self._refresh.micro_batches
-        if self._plan.fraction is not None:
-            self._estimate_in_own_pass(model, inputs)
+        refresh = self._refresh
+        # A step may take things out of its inputs.
+        refresh.batches.append(dict(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._refresh.micro_batches == seen:
+        if refresh.fraction is None and refresh.seen_graphs < len(refresh.batches):
             raise RuntimeError(
                 f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's, so the"
                 " Hessian can't be refreshed: call super().compute_loss in the override and put"
@@ -180,27 +178,61 @@ class SophiaTrainerMixin:
                 f"{DEFAULT_FRACTION}"
             )
         if self.accelerator.sync_gradients:
-            self._fold_in(optimizer, self._refresh)
             self._refresh = None
+            self._estimate_in_own_passes(model, refresh)
+            self._fold_in(optimizer, refresh)
         return loss
 
-    def _estimate_in_own_pass(self, wrapped: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Estimate on a share of a micro-batch, with a forward pass that training can't notice."""
-        refresh = self._refresh
-        rows = torch.Generator().manual_seed(noise_seed(refresh.place, "rows"))
-        share = self._share.take(inputs, rows)
-        if share is None:
-            refresh.skip()
-            return
+    def _estimate_in_own_passes(self, wrapped: torch.nn.Module, refresh: HessianRefresh) -> None:
+        """Estimate on a share of the step's micro-batches, after their last backward pass.
+
+        That is also when FSDP2 reduces gradients. Where memory is short the share is halved until
+        it fits. Processes that make each pass together can't do that, as they may not all notice.
+        """
+        while refresh.fraction is not None:
+            counts = share_counts(refresh.batches, refresh.fraction)
+            if self._plan.sharded:
+                counts = agreed_counts(counts, self.accelerator.device)
+            try:
+                for index, count in enumerate(counts):
+                    if count:
+                        self._estimate_in_own_pass(wrapped, refresh, index, count)
+                return
+            except RuntimeError as error:
+                if self._plan.sharded or not should_reduce_batch_size(error):
+                    raise
+            # Out of the except clause: the exception would hold on to the graph.
+            if sum(counts) > 1:
+                self._make_smaller(refresh, refresh.fraction / 2)
+            else:
+                self._make_smaller(refresh, None)
+
+    def _make_smaller(self, refresh: HessianRefresh, fraction: float | None) -> None:
+        """Drop what a refresh has collected when it ran out of memory, and choose a share."""
+        refresh.start_over(fraction)
+        clear_device_cache(garbage_collection=True)
+        self._health.warn_once(
+            "memory",
+            "the Hessian refresh of step %d ran out of memory: it is made again on a smaller share"
+            " of the batch after the training pass, and so is every later one that does. Ask for"
+            " less with --optim_args hessian_batch_fraction=%g",
+            self.state.global_step + 1,
+            fraction or DEFAULT_FRACTION,
+        )
+
+    def _estimate_in_own_pass(
+        self, wrapped: torch.nn.Module, refresh: HessianRefresh, index: int, count: int
+    ) -> None:
+        """Estimate on part of a micro-batch, with a forward pass that training can't notice."""
         wrapped.train()
         model = self._unwrapped(wrapped)
-        share = self._prepare_inputs(share)
-        dropout = noise_seed(refresh.place, "dropout")
+        share = self._prepare_inputs(refresh.part(index, count))
+        dropout = noise_seed(refresh.place(index), "dropout")
         with undisturbed(model, dropout), self.compute_loss_context_manager():
             if self._plan.estimator == "hutchinson":
                 with twice_differentiable_attention():
                     count = count_predictions(model, share)
-                    refresh.add_loss(self._mean_loss(model, share, count), count)
+                    refresh.add_loss(self._mean_loss(model, share, count), count, index)
                 return
             given = dict(share)
             if self.label_smoother is not None or self.compute_loss_func is not None:
@@ -209,7 +241,7 @@ class SophiaTrainerMixin:
             with without_reentrance(model):
                 outputs = model(**given, **asking_for_logits(model))
                 head = self._checked_head(model, share, outputs, None)
-                refresh.add_logits(head, retain_graph=False)
+                refresh.add_logits(head, index)
 
     def _mean_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], count: torch.Tensor | int
@@ -256,8 +288,8 @@ class SophiaTrainerMixin:
             The loss, or the loss and the outputs.
         """
         # Evaluation comes through here as well, without gradients.
-        kept_graph = self._refresh is not None and self._plan.fraction is None
-        if not kept_graph or not torch.is_grad_enabled():
+        refresh = self._refresh
+        if refresh is None or refresh.fraction is not None or not torch.is_grad_enabled():
             return super().compute_loss(
                 model,
                 inputs,
@@ -276,44 +308,52 @@ class SophiaTrainerMixin:
             with suppress(NoLogitsError):
                 head = self._checked_head(self._unwrapped(model), kept, outputs, num_items_in_batch)
         if head is not None and head.logits.requires_grad:
-            self._refresh.add_logits(head, retain_graph=True)
+            self._estimate_on_graph(refresh, head)
         else:
             # A fused loss, Liger's or TRL's, shows in what it returns only.
-            self._turn_to_own_pass("the training pass makes no logits with a graph")
-            self._estimate_in_own_pass(model, kept)
+            reason = "the training pass makes no logits with a graph"
+            self._plan = replace(self._plan, fraction=DEFAULT_FRACTION, reason=reason)
+            logger.info("Hessian by %s: %s", self._plan, reason)
+            refresh.start_over(DEFAULT_FRACTION)
         return (loss, outputs) if return_outputs else loss
+
+    def _estimate_on_graph(self, refresh: HessianRefresh, head: HeadOutput) -> None:
+        try:
+            refresh.add_graph(head)
+            return
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        # Out of the except clause: the exception would hold on to what did not fit.
+        self._make_smaller(refresh, DEFAULT_FRACTION)
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
         """Give the optimizer the step's estimate, or leave this refresh out and say why."""
         if self.accelerator.num_processes > 1:
             refresh.all_reduce()
         count = refresh.count
-        if count == 0:
-            self._warn_once(
-                "empty",
-                "no label of the batch of step %d counts (all are -100): its Hessian refresh is"
-                " left out",
-                self.state.global_step + 1,
-            )
-            optimizer.update_hessian({})
-            return
+        step = self.state.global_step + 1
         try:
-            optimizer.update_hessian(refresh.estimate())
+            if count:
+                optimizer.update_hessian(refresh.estimate())
+                self._hessian_tokens = count
+                self._health.refreshed()
+                return
         except NonFiniteHessianError:
-            self._warn_once(
+            self._health.left_out(
+                step,
                 "not finite",
                 "the Hessian estimate of step %d holds NaN or infinity and is discarded; the"
                 " Hessian stays as it was",
-                self.state.global_step + 1,
             )
-            optimizer.update_hessian({})
         else:
-            self._hessian_tokens = count
-
-    def _warn_once(self, cause: str, message: str, *values: Any) -> None:
-        if cause not in self._warned_causes:
-            self._warned_causes |= {cause}
-            logger.warning(message, *values)
+            self._health.left_out(
+                step,
+                "empty",
+                "no label of the batch of step %d counts (all are -100), or memory did not last for"
+                " one example: its Hessian refresh is left out",
+            )
+        optimizer.update_hessian({})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the optimizer's metrics beside the training loss.
@@ -328,6 +368,8 @@ class SophiaTrainerMixin:
             # One device sync for all of them.
             values = torch.stack([optimizer.clip_fraction(), optimizer.hessian_norm()]).tolist()
             logs["sophia/clip_fraction"], logs["sophia/hessian_norm"] = values
+            if self._health is not None:
+                self._health.logged(*values)
             if self._hessian_tokens is not None:
                 logs["sophia/hessian_tokens"] = float(self._hessian_tokens)
         super().log(logs, *args, **kwargs)

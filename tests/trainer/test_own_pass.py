@@ -16,7 +16,12 @@ from hf_sophia import SophiaTrainer, SophiaTrainerMixin, gauss_newton_bartlett
 from hf_sophia.trainer import sophia_trainer as trainer_module
 from hf_sophia.trainer.heads import HeadOutput, causal_lm
 from hf_sophia.trainer.noise import Place, label_noise, noise_seed
-from hf_sophia.trainer.own_pass import BatchShare, reentrant_modules, undisturbed
+from hf_sophia.trainer.own_pass import (
+    reentrant_modules,
+    share_counts,
+    take_rows,
+    undisturbed,
+)
 
 from .runs import Recorder, dataset, first_hessian, hessians_of, run, sophia_of
 
@@ -83,15 +88,12 @@ def test_a_share_is_estimated_by_hand(tiny_gpt2, tmp_path) -> None:
     ],
 )
 def test_the_share_is_spread_over_micro_batches(fraction, sizes, taken) -> None:
-    share, source = BatchShare(fraction), generator()
-    counts = []
-    for size in sizes:
-        part = share.take({"labels": torch.arange(size), "use_cache": False}, source)
-        counts.append(0 if part is None else len(part["labels"]))
-        if part is not None:
-            assert part["use_cache"] is False
-            assert len(set(part["labels"].tolist())) == counts[-1]
-    assert counts == taken
+    batches = [{"labels": torch.arange(size), "use_cache": False} for size in sizes]
+    assert share_counts(batches, fraction) == taken
+    for inputs, count in zip(batches, taken, strict=True):
+        part = take_rows(inputs, count, generator())
+        assert part["use_cache"] is False
+        assert len(set(part["labels"].tolist())) == len(part["labels"]) == count
 
 
 @pytest.mark.parametrize(
@@ -106,15 +108,14 @@ def test_the_share_is_spread_over_micro_batches(fraction, sizes, taken) -> None:
 )
 def test_a_batch_that_cannot_be_cut_is_taken_whole(extra) -> None:
     inputs = {"input_ids": torch.zeros(4, 5), **extra}
-    share, source = BatchShare(0.5), generator()
-    assert share.take(inputs, source) == inputs
-    assert share.take({"input_ids": torch.zeros(4, 5)}, source) is None
-    assert len(share.take({"input_ids": torch.zeros(4, 5)}, source)["input_ids"]) == 2
+    divisible = {"input_ids": torch.zeros(4, 5)}
+    assert share_counts([inputs, divisible, divisible], 0.5) == [4, 0, 2]
+    assert take_rows(inputs, 2, generator()) == inputs
 
 
 def test_rows_stay_together() -> None:
     inputs = {"a": torch.arange(10), "b": torch.arange(10) * 2, "scalar": torch.tensor(5)}
-    part = BatchShare(0.3).take(inputs, generator())
+    part = take_rows(inputs, 3, generator())
     assert len(part["a"]) == 3
     assert torch.equal(part["b"], 2 * part["a"])
     assert part["scalar"] == 5

@@ -193,10 +193,8 @@ def test_label_noise_is_asked_for_by_step_rank_and_micro_batch(
     logits = tiny_gpt2()(torch.zeros(1, 4, dtype=torch.long)).logits
     refresh = refresh_module.HessianRefresh([], seed=1, step=2, rank=3)
     with pytest.raises(ValueError, match="no parameter"):
-        refresh.add_logits(
-            HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)), retain_graph=False
-        )
-    assert asked[-1] == (1, 2, 3, 0)
+        refresh.add_logits(HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)), index=4)
+    assert asked[-1] == (1, 2, 3, 4)
 
 
 def test_bf16_autocast_trains(tiny_gpt2, tmp_path) -> None:
