@@ -24,7 +24,7 @@ LAYERS = ["estimators", "optim", "trainer"]
 LIBRARIES = {
     "estimators": {"torch"},
     "optim": {"torch"},
-    "trainer": {"torch", "numpy", "transformers", "accelerate", "peft"},
+    "trainer": {"torch", "numpy", "transformers", "accelerate", "peft", "safetensors"},
     "metrics": {"evaluate", "datasets"},
 }
 

@@ -14,6 +14,7 @@ from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.trainer.alignment import labels_are_aligned
+from hf_sophia.trainer.checkpoints import WholeCheckpointsMixin
 from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
 from hf_sophia.trainer.health import HessianHealth
 from hf_sophia.trainer.noise import noise_seed
@@ -38,7 +39,7 @@ from hf_sophia.trainer.trainer_sophia import TrainerSophia
 logger = logging.getLogger(__name__)
 
 
-class SophiaTrainerMixin:
+class SophiaTrainerMixin(WholeCheckpointsMixin):
     """Gives any `transformers.Trainer` the Hessian that `optim="sophia"` needs.
 
     Put it first among the bases: `class MyTrainer(SophiaTrainerMixin, SomeTrainer)`. On the steps
@@ -71,6 +72,9 @@ class SophiaTrainerMixin:
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         return optimizer if isinstance(optimizer, Sophia) else None
+
+    def _keeps_checkpoints_whole(self) -> bool:
+        return self.args.optim == "sophia" or self._sophia is not None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, and refuse a Sophia run that would go wrong later.

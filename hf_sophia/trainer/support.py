@@ -77,7 +77,7 @@ def _check_parallelism(config: Any) -> None:
 
 def _check_fsdp(accelerator: Accelerator) -> None:
     version2 = "fsdp_config={'fsdp_version': 2}"
-    if not accelerator.is_fsdp2:
+    if not getattr(accelerator, "is_fsdp2", False):
         raise ValueError(
             "Sophia does not support FSDP version 1: it flattens the parameters of a layer into one"
             f" and is deprecated in torch. Use {version2}"

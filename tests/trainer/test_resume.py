@@ -15,18 +15,21 @@ from .runs import Recorder, arguments, dataset, run, sophia_of
     ["", ",hessian_batch_fraction=0.5", ",hessian_computation_type=hutchinson"],
     ids=["kept", "own", "hutchinson"],
 )
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(way, tiny_gpt2, tmp_path) -> None:
-    # Dropout, accumulation, a schedule, and a save between two refreshes.
+@pytest.mark.parametrize(("saved_at", "refreshed"), [(13, [14, 21]), (10, [11, 21]), (20, [21])])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(
+    saved_at, refreshed, way, tiny_gpt2, tmp_path
+) -> None:
+    # Dropout, accumulation, a schedule; a save between two refreshes, or right before one.
     options = {
         "optim_args": f"rho=0.2,k=10{way}",
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,
         "save_strategy": "steps",
-        "save_steps": 13,
+        "save_steps": saved_at,
     }
     whole = run(tiny_gpt2(resid_pdrop=0.1), tmp_path / "run", **options)
-    checkpoint = tmp_path / "run" / "checkpoint-13"
+    checkpoint = tmp_path / "run" / f"checkpoint-{saved_at}"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert set(saved["state"][0]) == {"step", "exp_avg", "hessian"}
 
@@ -38,7 +41,8 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(way, tiny_gpt2, tmp_pat
         callbacks=[recorder],
     )
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert recorder.refreshed[1:] == [21]  # the first entry is the state that was loaded
+    # The first entry is the state that was loaded.
+    assert recorder.refreshed == refreshed
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     for one, other in pairs:
         assert torch.equal(one, other)
@@ -73,3 +77,29 @@ def test_options_asked_for_on_resume_take_effect_and_are_logged(
     assert "resuming with k=3 in parameter group 0; the checkpoint had 10" in caplog.text
     assert "betas=(0.8, 0.95)" in caplog.text
     assert "hessian_computation_type" not in caplog.text
+
+
+@pytest.mark.parametrize(("before", "after"), [("gnb", "hutchinson"), ("hutchinson", "gnb")])
+def test_another_estimator_takes_over_on_resume(before, after, tiny_gpt2, tmp_path, caplog) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    run(tiny_gpt2(), tmp_path, optim_args=f"k=4,hessian_computation_type={before}", **options)
+    changed = {
+        **options,
+        "optim_args": f"k=4,hessian_computation_type={after}",
+        "max_steps": 6,
+    }
+    recorder = Recorder()
+    trainer = SophiaTrainer(
+        tiny_gpt2(), arguments(tmp_path, **changed), train_dataset=dataset(), callbacks=[recorder]
+    )
+    with caplog.at_level(logging.INFO, "hf_sophia"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert f"resuming with hessian_computation_type={after} in parameter group 0" in caplog.text
+    assert f"Hessian by {after} " in caplog.text
+    saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    first = recorder.hessians[5]
+    for index, hessian in enumerate(first):
+        assert not torch.equal(hessian, saved[index]["hessian"])
+    # 0.05 of the new estimate beside 0.95 of the old; only Hutchinson's can be negative.
+    new = [(h - 0.95 * saved[i]["hessian"]) / 0.05 for i, h in enumerate(first)]
+    assert (min(estimate.min() for estimate in new) < -1e-6) == (after == "hutchinson")

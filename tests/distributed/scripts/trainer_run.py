@@ -9,12 +9,12 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
+from trainer.scripts.two_processes import rows, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_sophia import SophiaTrainer
 from hf_sophia.trainer import refresh as refresh_module
 from hf_sophia.trainer.noise import label_noise
-from trainer.scripts.two_processes import rows, tiny_model
 
 #: Wrap every block of the model.
 FSDP2 = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
@@ -91,9 +91,7 @@ def main(folder: str, settings: str) -> None:
         for index in range(16):
             if (index // 4) % 2:
                 examples[index]["labels"][:] = -100
-    trainer = SophiaTrainer(
-        tiny_model().double(), args, train_dataset=examples, callbacks=[sums]
-    )
+    trainer = SophiaTrainer(tiny_model().double(), args, train_dataset=examples, callbacks=[sums])
     trainer.train(resume_from_checkpoint=resume)
     params = list(trainer.model.parameters())
     states = [trainer.optimizer.optimizer.state[p] for p in params]

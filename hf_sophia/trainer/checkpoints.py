@@ -1,0 +1,240 @@
+"""Checkpoints that are whole, or known not to be: a run can be killed at any moment and resumed."""
+
+import json
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+logger = logging.getLogger(__name__)
+
+#: What reading and writing files raises: a full disk comes as any of the first three.
+_FILE_ERRORS = (OSError, RuntimeError, SafetensorError)
+_LOAD_ERRORS = (*_FILE_ERRORS, ValueError, TypeError, LookupError, AttributeError, EOFError)
+
+#: Written by transformers while it saves a checkpoint because of SIGTERM.
+_SENTINEL = "checkpoint-is-incomplete.txt"
+
+#: What stands in the place of the state of optimizers whose file is missing.
+_OPTIMIZER_FILES = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer's state is the last of its files.
+
+    Args:
+        checkpoint: Its folder.
+    """
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and not (checkpoint / _SENTINEL).exists()
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest first.
+
+    Args:
+        folder: The run's `output_dir`.
+    """
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    steps = {
+        path: int(found[1])
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (found := pattern.fullmatch(path.name)) and path.is_dir()
+    }
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None.
+
+    Args:
+        folder: The run's `output_dir`.
+    """
+    return next((path for path in checkpoints_of(folder) if is_whole(path)), None)
+
+
+def _advice(folder: Path) -> str:
+    last = last_whole(folder)
+    return f"the last whole one is {last}" if last else f"{folder} holds no whole one"
+
+
+@contextmanager
+def _explained(checkpoint: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign checkpoint raises into an error that names the file."""
+    try:
+        yield
+    except (*_LOAD_ERRORS, pickle.UnpicklingError) as error:
+        path = checkpoint / _culprit(checkpoint)
+        raise ValueError(
+            f"{path} can't be loaded: {error}. Nothing was changed on disk. Resume from another"
+            f" checkpoint, or train from this one's weights alone, with"
+            f" from_pretrained({str(checkpoint)!r}) and without resume_from_checkpoint"
+        ) from error
+
+
+def _culprit(checkpoint: Path) -> str:
+    """Name the file that can't even be read, else the optimizer's, which then is foreign."""
+    names = [name for name in _OPTIMIZER_FILES if (checkpoint / name).exists()]
+    for name in (*names, SCHEDULER_NAME):
+        if (path := checkpoint / name).is_file():
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except Exception:
+                return name
+    return names[0] if names else OPTIMIZER_NAME
+
+
+class WholeCheckpointsMixin:
+    """Makes a Trainer's checkpoints safe against being killed while one is written.
+
+    `trainer_state.json` is the last file of a checkpoint: it stands for all the others, those of
+    other processes included. `resume_from_checkpoint=True` takes the newest checkpoint that has it.
+    """
+
+    def _keeps_checkpoints_whole(self) -> bool:
+        """Whether to do anything; a subclass says when."""
+        return True
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Train, where asked from a checkpoint that was written to its end.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the newest whole checkpoint of the run.
+            *args: Passed on.
+            **kwargs: Passed on.
+
+        Returns:
+            What the Trainer returns.
+
+        Raises:
+            ValueError: The checkpoint is not whole, or none is; the message names one that is.
+        """
+        if resume_from_checkpoint and self._keeps_checkpoints_whole():
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _whole_checkpoint(self, asked: str | bool) -> str | bool:
+        run = Path(self.args.output_dir)
+        if asked is not True:
+            folder = Path(asked)
+            if folder.is_dir() and not is_whole(folder):
+                raise ValueError(
+                    f"the checkpoint {folder} was not written to its end (no whole"
+                    f" {TRAINER_STATE_NAME}): {_advice(folder.parent)}. Resume from a whole one, or"
+                    " with resume_from_checkpoint=True from the newest of them"
+                )
+            return asked
+        found = checkpoints_of(run)
+        last = last_whole(run)
+        if last is None:
+            if not found:
+                return asked
+            raise ValueError(
+                f"no checkpoint in {run} was written to its end ({found[0].name} is the newest):"
+                " start without resume_from_checkpoint"
+            )
+        if last != found[0]:
+            logger.warning(
+                "%s was not written to its end: resuming from %s instead", found[0], last
+            )
+        return str(last)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint; while that lasts, and if it fails, it does not count as whole.
+
+        Raises:
+            OSError: It could not be written; the message names the last whole one.
+        """
+        if not self._keeps_checkpoints_whole():
+            super()._save_checkpoint(model, trial)
+            return
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        state = folder / TRAINER_STATE_NAME
+        if self.args.should_save:
+            # An earlier run may have left a whole one here, which is about to be overwritten.
+            state.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except _FILE_ERRORS as error:
+            if is_whole(folder):
+                raise  # a later part failed: pushing, or removing older checkpoints
+            state.unlink(missing_ok=True)
+            raise OSError(
+                f"the checkpoint {folder} could not be written: {error}. It is incomplete and will"
+                f" not be resumed from; {_advice(run)}. Make room (save_total_limit keeps fewer"
+                " checkpoints) and train with resume_from_checkpoint=True"
+            ) from error
+        if self.args.should_save:
+            # Of an earlier run that was killed: this checkpoint is whole.
+            (folder / _SENTINEL).unlink(missing_ok=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the generators' states, and go on to the Trainer's own when all processes have."""
+        super()._save_rng_state(output_dir)
+        if self._keeps_checkpoints_whole():
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights; those of a run on one process also into FSDP2's shards."""
+        weights = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        if self._is_of_one_process(resume_from_checkpoint) and weights.is_file():
+            set_model_state_dict(
+                self.model if model is None else model,
+                load_file(weights),
+                options=StateDictOptions(full_state_dict=True, strict=False),
+            )
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _is_of_one_process(self, checkpoint: str) -> bool:
+        """Whether FSDP2 is to take over a checkpoint that was not written under it."""
+        folder = Path(checkpoint)
+        return (
+            self._keeps_checkpoints_whole()
+            and self.is_fsdp_enabled
+            and (folder / OPTIMIZER_NAME).is_file()
+            and not any(folder.glob("pytorch_model_fsdp*"))
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of optimizer and scheduler.
+
+        Raises:
+            ValueError: A file is damaged or another optimizer's; the message names it.
+        """
+        if checkpoint is None or not self._keeps_checkpoints_whole():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if not any((folder / name).exists() for name in _OPTIMIZER_FILES):
+            logger.warning(
+                "%s holds no state of the optimizer (save_only_model): momentum, Hessian and"
+                " schedule start anew",
+                folder,
+            )
+        with _explained(folder):
+            if self._is_of_one_process(checkpoint):
+                for name, target in (
+                    (OPTIMIZER_NAME, self.optimizer),
+                    (SCHEDULER_NAME, self.lr_scheduler),
+                ):
+                    path = folder / name
+                    target.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+                return
+            super()._load_optimizer_and_scheduler(checkpoint)
