@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,12 +54,37 @@ def noise_by_turn(turns: int, processes: int) -> None:
     refresh_module.label_noise = by_turn
 
 
+class Warnings(logging.Handler):
+    """Keeps how each of this package's warnings begins."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.beginnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep six words."""
+        self.beginnings.append(" ".join(record.getMessage().split()[:6]))
+
+
+class PoisonedTrainer(SophiaTrainer):
+    """Has logits that are no numbers in one process, at one refresh."""
+
+    poison: tuple[int, int] | None = None
+
+    def sophia_head(self, model, inputs, outputs):
+        """Take the logits as they are, elsewhere."""
+        head = super().sophia_head(model, inputs, outputs)
+        here = (self.args.process_index, self.state.global_step)
+        return replace(head, logits=head.logits * float("nan")) if here == self.poison else head
+
+
 def main(folder: str, settings: str) -> None:
-    """Train as the settings say: `TrainingArguments`, `fsdp`, `turns` and `resume`."""
+    """Train as the settings say: `TrainingArguments` and what this script adds to them."""
     options = json.loads(settings)
     output = Path(folder)
     fsdp, turns = options.pop("fsdp", False), options.pop("turns", None)
     resume, data = options.pop("resume", None), options.pop("data", "uneven")
+    poison, dropout = options.pop("poison", None), options.pop("dropout", 0.0)
     if fsdp:
         options |= {"fsdp": True, "fsdp_config": FSDP2}
     args = TrainingArguments(
@@ -91,7 +118,14 @@ def main(folder: str, settings: str) -> None:
         for index in range(16):
             if (index // 4) % 2:
                 examples[index]["labels"][:] = -100
-    trainer = SophiaTrainer(tiny_model().double(), args, train_dataset=examples, callbacks=[sums])
+    model = tiny_model().double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    warned = Warnings()
+    logging.getLogger("hf_sophia").addHandler(warned)
+    trainer = PoisonedTrainer(model, args, train_dataset=examples, callbacks=[sums])
+    trainer.poison = tuple(poison) if poison else None
     trainer.train(resume_from_checkpoint=resume)
     params = list(trainer.model.parameters())
     states = [trainer.optimizer.optimizer.state[p] for p in params]
@@ -99,6 +133,7 @@ def main(folder: str, settings: str) -> None:
         "wrapper": type(trainer.model_wrapped).__name__,
         "plan": str(trainer._plan),
         "hashes": sums.hashes,
+        "warnings": warned.beginnings,
         "params": [whole(p.detach()) for p in params],
         "hessians": [whole(s["hessian"]) for s in states],
         "momenta": [whole(s["exp_avg"]) for s in states],

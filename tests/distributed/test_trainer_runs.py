@@ -1,0 +1,167 @@
+"""Runs of `SophiaTrainer` in several processes: the same ones, however they are spread."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+from trainer.by_hand import exact_step_estimate
+from trainer.processes import PYTHON, all_ranks_finished, execute, torchrun
+from trainer.scripts.two_processes import rows, tiny_model
+
+from .scripts import trainer_run
+
+pytestmark = pytest.mark.distributed
+SCRIPT = Path(trainer_run.__file__)
+
+
+def train(folder: Path, processes: int, **settings) -> list[dict]:
+    """Train in several processes; all end with equal parameters and states after every step."""
+    folder.mkdir(exist_ok=True)
+    launcher = PYTHON if processes == 1 else torchrun(processes)
+    result = execute(
+        [*launcher, SCRIPT, folder, json.dumps(settings)], PYTHONPATH=str(SCRIPT.parents[2])
+    )
+    assert all_ranks_finished(result), result.stderr
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+    for rank in ranks:
+        assert rank["hashes"] == ranks[0]["hashes"]
+        assert len(rank["hashes"]) > 0
+        if settings.get("fsdp"):
+            assert rank["wrapper"] == "FSDPGPT2LMHeadModel"
+        elif processes > 1:
+            assert rank["wrapper"] == "DistributedDataParallel"
+    return ranks
+
+
+def batches_of(processes: int, turns: int) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    data = rows()
+    size = 16 // turns
+    batches = [default_collate(data[start : start + size]) for start in range(0, 16, size)]
+    # The processes take turns with the batches.
+    return {(turn % processes, turn // processes): batch for turn, batch in enumerate(batches)}
+
+
+def assert_close(ranks: list[dict], expected: dict, names: tuple[str, ...]) -> None:
+    for name in names:
+        for one, other in zip(ranks[0][name], expected[name], strict=True):
+            # float64: only the order of sums differs.
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["kept graph", "own pass"])
+def test_the_run_does_not_depend_on_how_many_processes_it_has(own, tmp_path) -> None:
+    """Four micro-batches of uneven labels a step, one after the other or beside each other."""
+    optim_args = "rho=1.0,k=2,eps=1e-5" + (",hessian_batch_fraction=1.0" if own else "")
+    runs = {}
+    for processes in (1, 2, 4):
+        runs[processes] = train(
+            tmp_path / str(processes),
+            processes,
+            gradient_accumulation_steps=4 // processes,
+            optim_args=optim_args,
+            turns=4,
+        )
+    names = ("hessians", "momenta", "params")
+    for processes in (2, 4):
+        assert_close(runs[processes], runs[1][0], names)
+        for one, other in zip(runs[processes][0]["logs"], runs[1][0]["logs"], strict=True):
+            # The Trainer's loss is fp32 from the first process's view of all of them.
+            assert one["sophia/hessian_tokens"] == other["sophia/hessian_tokens"] == 8 * (11 + 5)
+            assert one["sophia/clip_fraction"] == other["sophia/clip_fraction"]
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fsdp2_estimates_from_gradients_summed_over_the_processes(processes, tmp_path) -> None:
+    accumulation = 4 // processes
+    ranks = train(
+        tmp_path,
+        processes,
+        fsdp=True,
+        max_steps=1,
+        gradient_accumulation_steps=accumulation,
+        optim_args="rho=1.0,hessian_batch_fraction=1.0",
+    )
+    expected = exact_step_estimate(
+        tiny_model().double(), batches_of(processes, 4), seed=5, summed_over_ranks=True
+    )
+    for estimate, hessian in zip(expected, ranks[0]["hessians"], strict=True):
+        torch.testing.assert_close(hessian, 0.05 * estimate, rtol=1e-8, atol=1e-14)
+    assert ranks[0]["logs"][0]["sophia/hessian_tokens"] == 8 * (11 + 5)
+    assert "in a pass of its own on 1 of the batch" in ranks[0]["plan"]
+
+
+def test_fsdp2s_training_gradients_are_those_of_ddp(tmp_path) -> None:
+    """A pass between micro-batches would be added to what FSDP2 has not reduced yet."""
+    still = {"learning_rate": 0.0, "gradient_accumulation_steps": 2, "optim_args": "k=1"}
+    plain = train(tmp_path / "ddp", 2, **still)
+    sharded = train(tmp_path / "fsdp", 2, fsdp=True, **still)
+    assert_close(sharded, plain[0], ("momenta", "params"))
+    for one, other in zip(plain[0]["logs"], sharded[0]["logs"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
+        assert other["sophia/hessian_tokens"] > 0
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_a_rank_without_labels_that_count_adds_nothing(fsdp, tmp_path) -> None:
+    ranks = train(
+        tmp_path, 2, fsdp=fsdp, data="silent rank", optim_args="hessian_batch_fraction=1.0",
+        max_steps=1, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    spoken = {place: batch for place, batch in batches_of(2, 4).items() if place[0] == 0}
+    expected = exact_step_estimate(tiny_model().double(), spoken, seed=5)
+    for estimate, hessian in zip(expected, ranks[0]["hessians"], strict=True):
+        torch.testing.assert_close(hessian, 0.05 * estimate, rtol=1e-8, atol=1e-14)
+    assert ranks[0]["logs"][0]["sophia/hessian_tokens"] == 8 * 11
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
+    options = {
+        "fsdp": fsdp,
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "dropout": 0.1,
+    }
+    whole = train(tmp_path / "whole", 2, **options)
+    # Step 7 is a refresh, the step after the checkpoint.
+    resumed = train(
+        tmp_path / "again", 2, resume=str(tmp_path / "whole" / "run" / "checkpoint-6"), **options
+    )
+    assert len(resumed[0]["hashes"]) == 1
+    for name in ("params", "momenta", "hessians"):
+        for one, other in zip(resumed[0][name], whole[0][name], strict=True):
+            # Nothing but the order of sums may differ.
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14, msg=name)
+
+
+def test_fsdp2_takes_over_a_run_on_one_process(tmp_path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "optim_args": "rho=1.0,k=10,eps=1e-5"}
+    one = train(tmp_path / "one", 1, max_steps=3, gradient_accumulation_steps=4, **options)
+    # No refresh is due in the steps that are left, so that both take the same steps.
+    sharded = train(
+        tmp_path / "sharded",
+        2,
+        fsdp=True,
+        max_steps=3,
+        gradient_accumulation_steps=2,
+        resume=str(tmp_path / "one" / "run" / "checkpoint-2"),
+        **options,
+    )
+    assert len(sharded[0]["hashes"]) == 1
+    assert_close(sharded, one[0], ("hessians", "momenta", "params"))
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_poisoned_logits_of_one_rank_discard_the_estimate_on_all(fsdp, tmp_path) -> None:
+    ranks = train(tmp_path, 2, fsdp=fsdp, poison=[1, 2], max_steps=4, optim_args="k=2,rho=1.0")
+    clean = train(tmp_path / "clean", 2, fsdp=fsdp, max_steps=2, optim_args="k=2,rho=1.0")
+    # The refresh of step 1 stands, that of step 3 was left out.
+    assert_close(ranks, clean[0], ("hessians",))
+    assert all(p.isfinite().all() for p in ranks[0]["params"])
+    assert [rank["warnings"] for rank in ranks] == [["the Hessian estimate of step 3"]] * 2
