@@ -46,10 +46,10 @@ def check_supported(args: Any, accelerator: Accelerator) -> None:
         _check_fsdp(accelerator)
     elif kind == DistributedType.DEEPSPEED:
         raise ValueError(
-            "Sophia does not support DeepSpeed: its ZeRO stages give the optimizer flat pieces of"
-            " parameters, reduce gradients into buffers of their own and step inside of the"
-            " backward pass, which leaves no place for a Hessian. Use FSDP version 2 instead"
-            " (fsdp=True, fsdp_config={'fsdp_version': 2}), which shards the same states"
+            "Sophia does not support DeepSpeed: it steps inside of the backward pass, and its"
+            " optimizer holds flat pieces of parameters, whose state can't be reached before the"
+            " first step, when the first Hessian is due. Use FSDP version 2 instead (fsdp=True,"
+            " fsdp_config={'fsdp_version': 2}), which shards the same states"
         )
     elif kind not in _PLAIN:
         raise ValueError(f"Sophia is not tested under {kind.value}; what works is {_WORKS}")
