@@ -1,5 +1,6 @@
 """The Gauss-Newton-Bartlett estimate of the Hessian's diagonal, from labels the model samples."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -41,6 +42,7 @@ class GaussNewtonBartlett(GroupedEstimate):
         likelihood: str = "categorical",
         generator: torch.Generator | None = None,
         retain_graph: bool = False,
+        loss_scale: float | None = None,
     ) -> None:
         """Sample labels for one group, differentiate their loss and add its square.
 
@@ -52,6 +54,8 @@ class GaussNewtonBartlett(GroupedEstimate):
             likelihood: `"categorical"`, `"bernoulli"` or `"gaussian"`.
             generator: Source of the labels' randomness.
             retain_graph: Keep the graph for a later backward pass through it.
+            loss_scale: For fp16: the factor of the training loss, `GradScaler.get_scale()`, which
+                keeps gradients within its range. It is in the pass and not in the estimate.
 
         Raises:
             ValueError: The logits carry no graph, an argument is wrong, or only some parameters are
@@ -69,6 +73,9 @@ class GaussNewtonBartlett(GroupedEstimate):
         cotangent, count = sampled_cotangent(
             logits, targets, likelihood=likelihood, generator=generator
         )
+        factor = 1.0 if loss_scale is None else _factor_on_the_sum(loss_scale, int(count))
+        if factor != 1.0:
+            cotangent = cotangent * factor
         try:
             grads = gradients(logits, self._params, cotangent, retain_graph=retain_graph)
         except RuntimeError as error:
@@ -84,7 +91,19 @@ class GaussNewtonBartlett(GroupedEstimate):
                 if grad is not None:
                     total = self._sum_of(param)
                     grad = grad.to(total.dtype)
+                    if factor != 1.0:
+                        grad = grad / factor
                     total.addcmul_(grad, grad)
+
+
+def _factor_on_the_sum(loss_scale: float, count: int) -> float:
+    """Return the power of two that scales a summed loss as `loss_scale` does its mean.
+
+    Powers of two leave no rounding behind when they are taken out again.
+    """
+    if not math.isfinite(loss_scale) or loss_scale <= 0.0:
+        raise ValueError(f"loss_scale must be positive and finite, got {loss_scale!r}")
+    return 2.0 ** round(math.log2(loss_scale / max(count, 1)))
 
 
 def gauss_newton_bartlett(
@@ -95,6 +114,7 @@ def gauss_newton_bartlett(
     likelihood: str = "categorical",
     generator: torch.Generator | None = None,
     retain_graph: bool = False,
+    loss_scale: float | None = None,
 ) -> dict[torch.Tensor, torch.Tensor]:
     """Estimate the diagonal Gauss-Newton matrix of the mean loss from one batch of logits.
 
@@ -111,6 +131,8 @@ def gauss_newton_bartlett(
             `"gaussian"` (squared error, without a factor 1/2).
         generator: Source of the labels' randomness, on any device; None: torch's default.
         retain_graph: Keep the graph for the training loss's `backward()`.
+        loss_scale: For fp16: the factor of the training loss, `GradScaler.get_scale()`; it does not
+            reach the estimate.
 
     Returns:
         `{parameter: hhat}`, shaped like the parameter, >= 0, in fp32 at least; zeros where the
@@ -136,6 +158,11 @@ def gauss_newton_bartlett(
     """
     accumulator = GaussNewtonBartlett(params)
     accumulator.add(
-        logits, targets, likelihood=likelihood, generator=generator, retain_graph=retain_graph
+        logits,
+        targets,
+        likelihood=likelihood,
+        generator=generator,
+        retain_graph=retain_graph,
+        loss_scale=loss_scale,
     )
     return accumulator.estimate()

@@ -217,6 +217,16 @@ class Sophia(BaseOptimizer):
             group["refreshed_step"] = self._next_step
         self._missed_step = None
 
+    def repeat_refresh(self) -> None:
+        """Make the refresh of the next step due again, for when it was left out by `{}`.
+
+        Where a gradient scaler has skipped the step as well, a smaller loss scale may give an
+        estimate that is finite. After a step that was taken this does nothing.
+        """
+        for group in self.param_groups:
+            if group["refreshed_step"] == self._next_step:
+                group["refreshed_step"] = 0
+
     @torch.no_grad()
     def step(
         self, closure: Callable[[], Any] | None = None, logits: torch.Tensor | None = None

@@ -26,6 +26,7 @@ class HessianRefresh:
         rank: The process's index.
         estimator: `"gnb"` or `"hutchinson"`.
         fraction: The share of the examples for passes of their own; None: graphs are kept.
+        loss_scale: What the training loss is multiplied by in fp16; None: nothing.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class HessianRefresh:
         rank: int,
         estimator: str = "gnb",
         fraction: float | None = None,
+        loss_scale: float | None = None,
     ) -> None:
+        self._loss_scale = loss_scale
         self._seed, self._step, self._rank = seed, step, rank
         self._params, self._kind = list(params), _ESTIMATORS[estimator]
         self.batches: list[Mapping[str, Any]] = []
@@ -98,6 +101,7 @@ class HessianRefresh:
                 likelihood=head.likelihood,
                 generator=label_noise(*self.place(index)),
                 retain_graph=retain_graph,
+                loss_scale=self._loss_scale,
             )
         except RuntimeError as error:
             if "use_reentrant" not in str(error) and ".grad()" not in str(error):

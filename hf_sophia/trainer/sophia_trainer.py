@@ -63,6 +63,7 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
     _refresh: HessianRefresh | None = None
     _health: HessianHealth | None = None
     _hessian_tokens: int | None = None
+    _left_out: bool = False
     _checked_model: torch.nn.Module | None = None
 
     @property
@@ -161,6 +162,7 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
         if not optimizer.hessian_due:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._refresh is None:
+            scaler = self.accelerator.scaler
             self._refresh = HessianRefresh(
                 (p for group in optimizer.param_groups for p in group["params"]),
                 seed=self.args.seed,
@@ -168,6 +170,7 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
                 rank=self.args.process_index,
                 estimator=self._plan.estimator,
                 fraction=self._plan.fraction,
+                loss_scale=None if scaler is None else scaler.get_scale(),
             )
         refresh = self._refresh
         # A step may take things out of its inputs.
@@ -358,6 +361,15 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
                 " one example: its Hessian refresh is left out",
             )
         optimizer.update_hessian({})
+        self._left_out = True
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Called after each step, before a checkpoint is written.
+        optimizer = self._sophia
+        if optimizer is not None and self._left_out:
+            optimizer.repeat_refresh()
+            self._left_out = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the optimizer's metrics beside the training loss.
