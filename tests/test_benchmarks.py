@@ -28,3 +28,21 @@ def test_the_hessians_overhead_is_measured(tmp_path) -> None:
     assert record.keys() == committed.keys()
     assert record["overhead"].keys() == committed["overhead"].keys()
     assert record["plain_step_seconds"] > 0
+
+
+def test_a_killed_run_resumes_to_the_same_end(tmp_path) -> None:
+    """Two of the soak's trials; the committed result has twenty."""
+    output = tmp_path / "soak.json"
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks/soak.py", "--trials=2", f"--output={output}"],
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    record = json.loads(output.read_text())
+    committed = json.loads((ROOT / "benchmarks/results/soak.json").read_text())
+    assert record.keys() == committed.keys()
+    assert record["equal"] == 2
+    assert [trial["killed"] for trial in record["trials"]] == [True, True]
+    assert committed["equal"] == len(committed["trials"]) == 20
+    assert committed["killed while a checkpoint was being written"] >= 5

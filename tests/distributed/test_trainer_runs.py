@@ -1,6 +1,10 @@
 """Runs of `SophiaTrainer` in several processes: the same ones, however they are spread."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,22 @@ from .scripts import trainer_run
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(trainer_run.__file__)
+
+
+def start_alone(rank: int, port: int, folder: Path, **settings) -> subprocess.Popen:
+    """Start one of two processes without a launcher that would watch over it."""
+    environment = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+        "PYTHONPATH": SCRIPT.parents[2],
+    }  # fmt: skip
+    return subprocess.Popen(
+        [*PYTHON, str(SCRIPT), str(folder), json.dumps(settings)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+    )
 
 
 def train(folder: Path, processes: int, **settings) -> list[dict]:
@@ -165,3 +185,33 @@ def test_poisoned_logits_of_one_rank_discard_the_estimate_on_all(fsdp, tmp_path)
     assert_close(ranks, clean[0], ("hessians",))
     assert all(p.isfinite().all() for p in ranks[0]["params"])
     assert [rank["warnings"] for rank in ranks] == [["the Hessian estimate of step 3"]] * 2
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_when_a_process_dies_the_other_ends_with_an_error_and_the_run_resumes(
+    fsdp, tmp_path
+) -> None:
+    options = {"fsdp": fsdp, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path / "whole", 2, **options)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    folder = tmp_path / "died"
+    folder.mkdir()
+    pair = [start_alone(rank, port, folder, death=[1, 3], **options) for rank in (0, 1)]
+    try:
+        # It must not wait for ever; what it waits for is the connection's end.
+        _, error = pair[0].communicate(timeout=120)
+        pair[1].wait(timeout=10)
+    finally:
+        for process in pair:
+            process.kill()
+    assert pair[1].returncode == -signal.SIGKILL
+    assert pair[0].returncode not in (0, -signal.SIGKILL)
+    assert "Error" in error
+    assert not (folder / "rank0.pt").exists()
+    resumed = train(folder, 2, resume=True, **options)
+    assert len(resumed[0]["hashes"]) == 3
+    for name in ("params", "momenta", "hessians"):
+        for one, other in zip(resumed[0][name], whole[0][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14, msg=name)

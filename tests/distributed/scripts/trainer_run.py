@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +56,18 @@ def noise_by_turn(turns: int, processes: int) -> None:
     refresh_module.label_noise = by_turn
 
 
+class Death(TrainerCallback):
+    """Kills one process at the end of a step, as the kernel does when memory is short."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Die without a word."""
+        if (args.process_index, state.global_step) == (self.rank, self.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Warnings(logging.Handler):
     """Keeps how each of this package's warnings begins."""
 
@@ -84,6 +98,7 @@ def main(folder: str, settings: str) -> None:
     output = Path(folder)
     fsdp, turns = options.pop("fsdp", False), options.pop("turns", None)
     resume, data = options.pop("resume", None), options.pop("data", "uneven")
+    death = options.pop("death", None)
     poison, dropout = options.pop("poison", None), options.pop("dropout", 0.0)
     if fsdp:
         options |= {"fsdp": True, "fsdp_config": FSDP2}
@@ -125,6 +140,8 @@ def main(folder: str, settings: str) -> None:
     warned = Warnings()
     logging.getLogger("hf_sophia").addHandler(warned)
     trainer = PoisonedTrainer(model, args, train_dataset=examples, callbacks=[sums])
+    if death:
+        trainer.add_callback(Death(*death))
     trainer.poison = tuple(poison) if poison else None
     trainer.train(resume_from_checkpoint=resume)
     params = list(trainer.model.parameters())
