@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.arguments import one_line_errors
+from common.arguments import one_line_errors, without_secrets
 from common.corpus import CorpusArguments, load_corpus
 from common.evaluation import LanguageModelEvaluation
 from common.models import ShapeArguments, make_gpt2
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with one_line_errors():
         corpus = load_corpus(corpus_args)
         if model_args.tokenizer_name:
-            tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_args.tokenizer_name, trust_remote_code=False
+            )
         else:
             tokenizer = train_tokenizer(corpus.documents["train"], model_args.vocab_size)
         train, validation = make_blocks(
@@ -103,7 +105,7 @@ def next_command(args: TrainingArguments, argv: Sequence[str]) -> str:
         other += ["--output_dir", f"{folder}_sophia"]
     if args.resume_from_checkpoint:
         other.append("--resume_from_checkpoint=")
-    return shlex.join([*program, *argv, *other])
+    return shlex.join([*program, *without_secrets(argv), *other])
 
 
 if __name__ == "__main__":

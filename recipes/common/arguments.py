@@ -50,6 +50,23 @@ def parse_arguments(
         )
 
 
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """Return a command line that can be shown: without tokens.
+
+    Args:
+        argv: The command line without the program's name.
+    """
+    shown: list[str] = []
+    pieces = iter(argv)
+    for piece in pieces:
+        name, given, _ = piece.partition("=")
+        if not (name.startswith("--") and name.endswith("_token")):
+            shown.append(piece)
+        elif not given:
+            next(pieces, None)
+    return shown
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with the message alone when what the user gave can't be used.
@@ -84,7 +101,10 @@ def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> lis
         # As written: YAML itself would read `no` as False.
         written = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {config}: not YAML: {error}")
+        # Not the error itself: it quotes the line, which may hold a token.
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}: {error.problem}" if mark else ""
+        parser.error(f"--config {config}: not YAML{place}")
     if not isinstance(values, dict):
         parser.error(f"--config {config}: wanted 'option: value' lines, got {values!r}")
     if unknown := sorted(map(str, values.keys() - known)):

@@ -172,7 +172,8 @@ def describe(model: PreTrainedModel, path: str | None) -> str:
 def _load(auto: type, path: str, **options: Any) -> Any:
     """Load from a folder or the Hub; what transformers says in paragraphs becomes one line."""
     try:
-        return auto.from_pretrained(path, **options)
+        # Said, or transformers asks at the terminal whether to run a model's own code.
+        return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"can't load {path!r} with {auto.__name__}: {reason}") from error
