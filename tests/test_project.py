@@ -142,3 +142,15 @@ def test_versions_and_requirements_agree() -> None:
     assert {"test", "plots", "trackers", "dev"} <= set(config["options.extras_require"])
     assert "torch<2.14" in config["options.extras_require"]["test"]
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+
+
+def test_every_test_that_the_documents_name_exists() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(sources), flags=re.MULTILINE))
+    for document in (ROOT / "docs").glob("*.md"):
+        text = document.read_text(encoding="utf-8")
+        named = set(re.findall(r"`(test_\w+)`", text))
+        assert named, document
+        assert named <= defined, named - defined
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            assert (document.parent / target).exists(), target

@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -13,6 +15,7 @@ from transformers import (
 
 from hf_sophia import SophiaTrainer
 from hf_sophia.trainer.heads import HeadOutput
+from hf_sophia.trainer.support import check_wrapped
 
 from .runs import Recorder, arguments, dataset, run
 
@@ -139,6 +142,59 @@ def test_unsupported_set_ups_are_refused_before_the_first_step(
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="DataParallel, got 2 devices in one process"):
         trainer.create_optimizer()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "config", "message"),
+    [
+        ({"fsdp_version": 1}, None, "does not support FSDP version 1"),
+        ({"fsdp_version": 2, "cpu_offload": True}, None, "leave offload_params off"),
+        (None, {"tp_size": 2}, "does not support tensor parallelism, got tp_size=2"),
+        (None, {"cp_size": 2}, "does not support context parallelism, got cp_size=2"),
+        (None, {"sp_size": 2}, "does not support sequence parallelism, got sp_size=2"),
+        (
+            {"fsdp_version": 2},
+            {"dp_replicate_size": 2, "dp_shard_size": 2},
+            "does not support hybrid sharding",
+        ),
+    ],
+)
+def test_what_fsdp_and_parallelism_can_not_do_is_refused(
+    plugin, config, message, tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    trainer = SophiaTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset())
+    accelerator = trainer.accelerator
+    kind = DistributedType.FSDP if plugin else DistributedType.NO
+    monkeypatch.setattr(type(accelerator), "distributed_type", property(lambda self: kind))
+    if plugin:
+        held = FullyShardedDataParallelPlugin(**plugin)
+        monkeypatch.setitem(accelerator.state._shared_state, "fsdp_plugin", held)
+        monkeypatch.setitem(accelerator.state._shared_state, "distributed_type", kind)
+    if config:
+        asked = ParallelismConfig(**config)
+        monkeypatch.setattr(type(accelerator), "parallelism_config", asked, raising=False)
+    with pytest.raises(ValueError, match=message):
+        trainer.create_optimizer()
+
+
+def test_deepspeed_is_refused_with_the_reason(tiny_gpt2, tmp_path, monkeypatch) -> None:
+    trainer = SophiaTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset())
+    kind = property(lambda self: DistributedType.DEEPSPEED)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
+    with pytest.raises(ValueError, match="steps inside of the backward pass.*fsdp_version': 2"):
+        trainer.create_optimizer()
+
+
+def test_an_unknown_wrapper_of_several_processes_is_refused(tiny_gpt2, monkeypatch) -> None:
+    class Wrapper(torch.nn.Module):
+        pass
+
+    accelerator = Accelerator(cpu=True)
+    model = tiny_gpt2()
+    check_wrapped(model, model, accelerator)
+    monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match="how Wrapper brings the gradients of 2 processes"):
+        check_wrapped(Wrapper(), model, accelerator)
 
 
 def test_a_trainer_that_makes_its_own_batches_is_refused(tiny_gpt2, tmp_path) -> None:
