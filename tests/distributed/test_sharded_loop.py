@@ -16,7 +16,7 @@ SCRIPT = Path(sharded_loop.__file__)
 
 def ranks_of(mode: str, processes: int, folder: Path) -> list[dict]:
     command = [*torchrun(processes), SCRIPT, mode, folder]
-    result = execute(command, PYTHONPATH=str(SCRIPT.parents[2]))
+    result = execute(command)
     assert all_ranks_finished(result), result.stderr
     return [torch.load(folder / f"{mode}-{processes}-{rank}.pt") for rank in range(processes)]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 from trainer.by_hand import exact_step_estimate
-from trainer.processes import PYTHON, all_ranks_finished, execute, torchrun
+from trainer.processes import PYTHON, all_ranks_finished, execute, own_environment, torchrun
 from trainer.scripts.two_processes import rows, tiny_model
 
 from .scripts import trainer_run
@@ -24,15 +24,14 @@ def start_alone(rank: int, port: int, folder: Path, **settings) -> subprocess.Po
     """Start one of two processes without a launcher that would watch over it."""
     environment = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": SCRIPT.parents[2],
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     return subprocess.Popen(
         [*PYTHON, str(SCRIPT), str(folder), json.dumps(settings)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+        env={**os.environ, **own_environment(), **{n: str(v) for n, v in environment.items()}},
     )
 
 
@@ -40,9 +39,7 @@ def train(folder: Path, processes: int, **settings) -> list[dict]:
     """Train in several processes; all end with equal parameters and states after every step."""
     folder.mkdir(exist_ok=True)
     launcher = PYTHON if processes == 1 else torchrun(processes)
-    result = execute(
-        [*launcher, SCRIPT, folder, json.dumps(settings)], PYTHONPATH=str(SCRIPT.parents[2])
-    )
+    result = execute([*launcher, SCRIPT, folder, json.dumps(settings)])
     assert all_ranks_finished(result), result.stderr
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
     for rank in ranks:

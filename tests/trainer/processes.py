@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 PYTHON = [sys.executable]
+TESTS = Path(__file__).parents[1]
 
 
 def execute(
     command: list, *, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, on one thread a process."""
+    """Run a command to its end, on one thread a process; it imports the tests' modules."""
     return subprocess.run(
         [str(piece) for piece in command],
         capture_output=True,
@@ -20,8 +21,14 @@ def execute(
         check=False,
         timeout=300,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **own_environment(), **environment},
     )
+
+
+def own_environment() -> dict[str, str]:
+    """Return what programs need to import the tests' modules, on one thread."""
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def torchrun(processes: int) -> list:

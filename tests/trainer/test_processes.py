@@ -64,8 +64,7 @@ def test_hutchinsons_estimate_is_that_of_both(tmp_path) -> None:
 
 def test_every_kind_of_head_agrees_with_the_scaled_loss(tmp_path) -> None:
     """The Trainer multiplies the losses of several processes in place; the guard knows."""
-    tests = str(SCRIPTS.parents[1])
-    result = execute([*torchrun(2), SCRIPTS / "two_processes_heads.py", tmp_path], PYTHONPATH=tests)
+    result = execute([*torchrun(2), SCRIPTS / "two_processes_heads.py", tmp_path])
     assert all_ranks_finished(result), result.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     # Three problem types of BERT among them.
