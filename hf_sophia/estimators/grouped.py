@@ -55,6 +55,9 @@ class GroupedEstimate:
         distributed.all_reduce(self._count)
         whole = [self._sum_of(p) for p in self._params if not isinstance(p, DTensor)]
         for bucket in _buckets(whole):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                distributed.all_reduce(bucket[0])
+                continue
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             distributed.all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])
@@ -83,11 +86,15 @@ class GroupedEstimate:
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Gather tensors of one device and dtype, in their order, into groups of about BUCKET_BYTES."""
+    """Gather tensors of one device and dtype, in order, up to BUCKET_BYTES; larger ones alone."""
     open_buckets: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
+        if tensor.nbytes >= BUCKET_BYTES:
+            yield [tensor]
+            continue
         bucket = open_buckets.setdefault((tensor.device, tensor.dtype), [])
+        if sum(member.nbytes for member in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = open_buckets[tensor.device, tensor.dtype] = []
         bucket.append(tensor)
-        if sum(member.nbytes for member in bucket) >= BUCKET_BYTES:
-            yield open_buckets.pop((tensor.device, tensor.dtype))
     yield from open_buckets.values()

@@ -135,7 +135,7 @@ def test_a_rank_without_labels_that_count_adds_nothing(fsdp, tmp_path) -> None:
     assert ranks[0]["logs"][0]["sophia/hessian_tokens"] == 8 * 11
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("fsdp", [False, True, "sharded files"], ids=["ddp", "fsdp2", "dcp"])
 def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
     options = {
         "fsdp": fsdp,

@@ -6,7 +6,7 @@ from reference.copies import assert_unbiased, copy_parameters, forward_copies
 from reference.curvature import gauss_newton_diagonal
 from torch.nn import functional
 
-from hf_sophia.estimators import GaussNewtonBartlett, gauss_newton_bartlett
+from hf_sophia.estimators import GaussNewtonBartlett, gauss_newton_bartlett, grouped
 
 
 def mlp(outputs: int) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -273,3 +273,30 @@ def test_bad_input_is_named() -> None:
     logits.sum().backward()
     with pytest.raises(RuntimeError, match="graph of the logits is gone"):
         gauss_newton_bartlett(logits, params)
+
+
+def test_sums_are_reduced_in_buckets_of_one_kind_and_a_bounded_size(monkeypatch) -> None:
+    """Stands for a second process with the same sums: everything doubles, in few calls."""
+    calls = []
+
+    def double(tensor: torch.Tensor) -> None:
+        calls.append(tensor.numel())
+        tensor.mul_(2)
+
+    monkeypatch.setattr(grouped.distributed, "all_reduce", double)
+    monkeypatch.setattr(grouped, "BUCKET_BYTES", 4 * 100)
+    sizes = [10, 30, 300, 70, 1, 90, 12]
+    params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    params.append(torch.nn.Parameter(torch.randn(5, dtype=torch.float64)))
+    params.append(torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)))
+    estimator = GaussNewtonBartlett(params)
+    total = sum((p.double() * torch.arange(p.numel()).view_as(p)).sum() for p in params)
+    estimator.add(torch.stack([total, total / 2])[None], generator=torch.Generator().manual_seed(0))
+    before = [estimator._sum_of(p).clone() for p in params]
+    estimator.all_reduce()
+    assert estimator.count == 2
+    for param, sums in zip(params, before, strict=True):
+        assert sums.abs().max() > 0
+        assert torch.equal(estimator._sum_of(param), 2 * sums)
+    # The count, a large one alone, 10 + 30, 70 + 1, ..., and at the end what is left of each kind.
+    assert calls == [1, 300, 40, 71, 90, 12, 96, 5]

@@ -101,7 +101,8 @@ def main(folder: str, settings: str) -> None:
     death = options.pop("death", None)
     poison, dropout = options.pop("poison", None), options.pop("dropout", 0.0)
     if fsdp:
-        options |= {"fsdp": True, "fsdp_config": FSDP2}
+        kind = {"state_dict_type": "SHARDED_STATE_DICT"} if fsdp == "sharded files" else {}
+        options |= {"fsdp": True, "fsdp_config": {**FSDP2, **kind}}
     args = TrainingArguments(
         output / "run",
         **{
