@@ -245,8 +245,10 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
             if self.label_smoother is not None or self.compute_loss_func is not None:
                 # As in the training pass: the labels are for a loss outside of the model.
                 given.pop("labels", None)
+            # FSDP2 gathers parameters in hooks, the outermost of which may be the wrapper's.
+            forward = wrapped if self._plan.sharded else model
             with without_reentrance(model):
-                outputs = model(**given, **asking_for_logits(model))
+                outputs = forward(**given, **asking_for_logits(model))
                 head = self._checked_head(model, share, outputs, None)
                 refresh.add_logits(head, index)
 

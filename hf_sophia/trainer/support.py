@@ -19,8 +19,8 @@ _WORKS = "one process, DistributedDataParallel (torchrun) or FSDP version 2"
 
 
 def inside_compilation(wrapped: torch.nn.Module) -> torch.nn.Module:
-    """Return what `torch.compile` has wrapped, which tells how processes work together."""
-    while is_compiled_module(wrapped) and hasattr(wrapped, "_orig_mod"):
+    """Return what tells how processes work together; FSDP2 shards what is compiled already."""
+    while not isinstance(wrapped, FSDPModule) and hasattr(wrapped, "_orig_mod"):
         wrapped = wrapped._orig_mod
     return wrapped
 

@@ -45,11 +45,15 @@ def train(folder: Path, processes: int, **settings) -> list[dict]:
     for rank in ranks:
         assert rank["hashes"] == ranks[0]["hashes"]
         assert len(rank["hashes"]) > 0
-        if settings.get("fsdp"):
-            assert rank["wrapper"] == "FSDPGPT2LMHeadModel"
-        elif processes > 1:
-            assert rank["wrapper"] == "DistributedDataParallel"
+        if processes > 1:
+            assert rank["wrapper"] == wrapper_of(**settings)
     return ranks
+
+
+def wrapper_of(fsdp: bool = False, torch_compile: bool = False, **_: object) -> str:
+    if fsdp:
+        return "FSDPOptimizedModule" if torch_compile else "FSDPGPT2LMHeadModel"
+    return "OptimizedModule" if torch_compile else "DistributedDataParallel"
 
 
 def batches_of(processes: int, turns: int) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
@@ -120,6 +124,16 @@ def test_fsdp2s_training_gradients_are_those_of_ddp(tmp_path) -> None:
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
         assert other["sophia/hessian_tokens"] > 0
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_a_compiled_model_has_the_same_estimate(fsdp, tmp_path) -> None:
+    options = {"fsdp": fsdp, "max_steps": 1, "gradient_accumulation_steps": 2}
+    plain = train(tmp_path / "plain", 2, **options)
+    # Traced and cut into graphs, but run as it is: that takes seconds instead of minutes.
+    compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
+    compiled = train(tmp_path / "compiled", 2, **compiling, **options)
+    assert_close(compiled, plain[0], ("hessians", "momenta", "params"))
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
