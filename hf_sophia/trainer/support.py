@@ -46,10 +46,11 @@ def check_supported(args: Any, accelerator: Accelerator) -> None:
         _check_fsdp(accelerator)
     elif kind == DistributedType.DEEPSPEED:
         raise ValueError(
-            "Sophia does not support DeepSpeed: it steps inside of the backward pass, and its"
-            " optimizer holds flat pieces of parameters, whose state can't be reached before the"
-            " first step, when the first Hessian is due. Use FSDP version 2 instead (fsdp=True,"
-            " fsdp_config={'fsdp_version': 2}), which shards the same states"
+            "Sophia does not support DeepSpeed: it steps inside of the backward pass, its"
+            " optimizer holds flat pieces of parameters, and its accessors can't write their state"
+            " before the first step, when the first Hessian is due, nor in any group but the first."
+            " Use FSDP version 2 instead (fsdp=True, fsdp_config={'fsdp_version': 2}), which shards"
+            " the same states"
         )
     elif kind not in _PLAIN:
         raise ValueError(f"Sophia is not tested under {kind.value}; what works is {_WORKS}")
