@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
-#: What reading and writing files raises: a full disk comes as any of the first three.
-_FILE_ERRORS = (OSError, RuntimeError, SafetensorError)
+#: What reading and writing files raises: a full disk comes as any of these. CheckpointException is
+#: torch.distributed.checkpoint's, and no Exception.
+_FILE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 _LOAD_ERRORS = (*_FILE_ERRORS, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
 #: Written by transformers while it saves a checkpoint because of SIGTERM.
@@ -96,6 +98,30 @@ def _culprit(checkpoint: Path) -> str:
             except Exception:
                 return name
     return names[0] if names else OPTIMIZER_NAME
+
+
+def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint that was written on one process, in one file or several.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if not all((checkpoint / name).is_file() for name in names):
+        raise ValueError(
+            f"{checkpoint} holds no {SAFE_WEIGHTS_NAME} that FSDP could take over; resume it as it"
+            " was written, or train on with from_pretrained and without resume_from_checkpoint"
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        weights |= load_file(checkpoint / name)
+    return weights
 
 
 class WholeCheckpointsMixin:
@@ -191,16 +217,30 @@ class WholeCheckpointsMixin:
             self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the weights; those of a run on one process also into FSDP2's shards."""
-        weights = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
-        if self._is_of_one_process(resume_from_checkpoint) and weights.is_file():
-            set_model_state_dict(
-                self.model if model is None else model,
-                load_file(weights),
-                options=StateDictOptions(full_state_dict=True, strict=False),
-            )
+        """Load the weights; those of a run on one process also into FSDP2's shards.
+
+        Raises:
+            ValueError: FSDP2 is to take over weights that are not those of this model.
+        """
+        if not self._is_of_one_process(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        weights = whole_weights(folder)
+        saved = frozenset(weights)  # loading fills in what is missing
+        target = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        result = set_model_state_dict(
+            target, weights, options=StateDictOptions(full_state_dict=True, strict=False)
+        )
+        # Of parameters that are tied one name is saved.
+        everything = list(target.named_parameters(remove_duplicate=False))
+        loaded = {param for name, param in everything if name in saved}
+        missing = [name for name, param in everything if param not in loaded]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"the weights in {folder} are not those of this model: {missing or 'none'} are"
+                f" missing, {result.unexpected_keys or 'none'} are unknown to it"
+            )
 
     def _is_of_one_process(self, checkpoint: str) -> bool:
         """Whether FSDP2 is to take over a checkpoint that was not written under it."""

@@ -320,21 +320,29 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
             self._estimate_on_graph(refresh, head)
         else:
             # A fused loss, Liger's or TRL's, shows in what it returns only.
-            reason = "the training pass makes no logits with a graph"
-            self._plan = replace(self._plan, fraction=DEFAULT_FRACTION, reason=reason)
-            logger.info("Hessian by %s: %s", self._plan, reason)
-            refresh.start_over(DEFAULT_FRACTION)
+            self._turn_to_own_pass(refresh, "the training pass makes no logits with a graph")
         return (loss, outputs) if return_outputs else loss
 
+    def _turn_to_own_pass(self, refresh: HessianRefresh, reason: str) -> None:
+        self._plan = replace(self._plan, fraction=DEFAULT_FRACTION, reason=reason)
+        logger.info("Hessian by %s: %s", self._plan, reason)
+        refresh.start_over(DEFAULT_FRACTION)
+
     def _estimate_on_graph(self, refresh: HessianRefresh, head: HeadOutput) -> None:
+        once = False
         try:
             refresh.add_graph(head)
             return
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            # torch.compile may have planned to reuse the graph's own memory in its one pass.
+            once = "donated buffers" in str(error)
+            if not once and not should_reduce_batch_size(error):
                 raise
         # Out of the except clause: the exception would hold on to what did not fit.
-        self._make_smaller(refresh, DEFAULT_FRACTION)
+        if once:
+            self._turn_to_own_pass(refresh, "the compiled graph can be used only once")
+        else:
+            self._make_smaller(refresh, DEFAULT_FRACTION)
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
         """Give the optimizer the step's estimate, or leave this refresh out and say why."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 from trainer.by_hand import exact_step_estimate
 from trainer.processes import PYTHON, all_ranks_finished, execute, own_environment, torchrun
@@ -171,9 +172,27 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14, msg=name)
 
 
-def test_fsdp2_takes_over_a_run_on_one_process(tmp_path) -> None:
+def spread(checkpoint: Path) -> None:
+    """Spread the weights over two files, as those of large models are."""
+    whole = checkpoint / "model.safetensors"
+    weights = load_file(whole)
+    names, index = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{number}.safetensors"
+        save_file({name: weights[name] for name in part}, checkpoint / file)
+        index |= dict.fromkeys(part, file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (checkpoint / "model.safetensors.index.json").write_text(text)
+    whole.unlink()
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_fsdp2_takes_over_a_run_on_one_process(files, tmp_path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "optim_args": "rho=1.0,k=10,eps=1e-5"}
     one = train(tmp_path / "one", 1, max_steps=3, gradient_accumulation_steps=4, **options)
+    saved = tmp_path / "one" / "run" / "checkpoint-2"
+    if files == 2:
+        spread(saved)
     # No refresh is due in the steps that are left, so that both take the same steps.
     sharded = train(
         tmp_path / "sharded",
@@ -181,7 +200,7 @@ def test_fsdp2_takes_over_a_run_on_one_process(tmp_path) -> None:
         fsdp=True,
         max_steps=3,
         gradient_accumulation_steps=2,
-        resume=str(tmp_path / "one" / "run" / "checkpoint-2"),
+        resume=str(saved),
         **options,
     )
     assert len(sharded[0]["hashes"]) == 1
@@ -226,3 +245,30 @@ def test_when_a_process_dies_the_other_ends_with_an_error_and_the_run_resumes(
     for name in ("params", "momenta", "hessians"):
         for one, other in zip(resumed[0][name], whole[0][name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["foreign weights", "no weights", "damaged shards"])
+def test_a_checkpoint_that_fsdp2_can_not_load_is_an_error_on_all_processes(kind, tmp_path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    fsdp = "sharded files" if kind == "damaged shards" else False
+    train(tmp_path, 2, fsdp=fsdp, **options)
+    saved = tmp_path / "run" / "checkpoint-2"
+    if fsdp:
+        for path in (saved / "optimizer_0").glob("__*"):
+            path.write_bytes(path.read_bytes()[:200])
+    elif kind == "no weights":
+        (saved / "model.safetensors").unlink()
+    else:
+        weights = load_file(saved / "model.safetensors")
+        weights["another.weight"] = weights.pop("transformer.ln_f.weight")
+        save_file(weights, saved / "model.safetensors")
+    messages = {
+        "foreign weights": "are not those of this model: ['transformer.ln_f.weight']",
+        "no weights": "holds no model.safetensors that FSDP could take over",
+        "damaged shards": "optimizer_0 can't be loaded",
+    }
+    settings = {"fsdp": fsdp or True, "resume": True, **options, "max_steps": 3}
+    result = execute([*torchrun(2), SCRIPT, tmp_path, json.dumps(settings)])
+    assert not all_ranks_finished(result)
+    assert f"ValueError: {saved}" in result.stderr or "ValueError: the weights" in result.stderr
+    assert messages[kind] in result.stderr, result.stderr

@@ -1,6 +1,7 @@
 """The forward pass for the Hessian alone: the same estimate, and training does not notice it."""
 
 import copy
+import importlib
 import logging
 import pickle
 import random
@@ -404,3 +405,26 @@ def test_the_accelerators_stream_is_as_before() -> None:
                 torch.rand(3, device="cuda")
         states.append(torch.rand(3, device="cuda"))
     assert torch.equal(*states)
+
+
+def test_a_compiled_graph_that_can_be_used_once_gets_a_pass_of_its_own(
+    tiny_gpt2, tmp_path, monkeypatch, caplog
+) -> None:
+    """Under DistributedDataParallel inductor reuses the memory of some graphs in their one pass."""
+    expected = first_hessian(tiny_gpt2, tmp_path, optim_args="hessian_batch_fraction=0.25")
+    module = importlib.import_module("hf_sophia.estimators.gauss_newton_bartlett")
+    original = module.gradients
+
+    def once(*args, retain_graph):
+        if retain_graph:
+            raise RuntimeError(
+                "This backward function was compiled with non-empty donated buffers which requires"
+                " create_graph=False and retain_graph=False."
+            )
+        return original(*args, retain_graph=retain_graph)
+
+    monkeypatch.setattr(module, "gradients", once)
+    with caplog.at_level(logging.INFO, "hf_sophia"):
+        actual = first_hessian(tiny_gpt2, tmp_path)
+    assert_equal(expected, actual)
+    assert "own on 0.25 of the batch: the compiled graph can be used only once" in caplog.text
