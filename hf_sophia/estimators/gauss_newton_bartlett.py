@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hf_sophia.estimators.differentiation import gradients
 from hf_sophia.estimators.grouped import GroupedEstimate
@@ -77,7 +78,7 @@ class GaussNewtonBartlett(GroupedEstimate):
         if factor != 1.0:
             cotangent = cotangent * factor
         try:
-            grads = gradients(logits, self._params, cotangent, retain_graph=retain_graph)
+            grads = gradients(logits, self.params, cotangent, retain_graph=retain_graph)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -87,7 +88,7 @@ class GaussNewtonBartlett(GroupedEstimate):
             ) from error
         with torch.no_grad():
             self._add_count(count)
-            for param, grad in zip(self._params, grads, strict=True):
+            for param, grad in zip(self.params, grads, strict=True):
                 if grad is not None:
                     total = self._sum_of(param)
                     grad = grad.to(total.dtype)
@@ -142,6 +143,9 @@ def gauss_newton_bartlett(
         ValueError: The logits carry no graph, no prediction counts, or an argument is wrong.
         RuntimeError: The graph was freed by an earlier backward pass.
 
+    Under DistributedDataParallel it is this process's own; `GaussNewtonBartlett.all_reduce` makes
+    it everyone's. Under FSDP2 it is that of all processes, which call it together.
+
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(4, 3)
@@ -165,4 +169,6 @@ def gauss_newton_bartlett(
         retain_graph=retain_graph,
         loss_scale=loss_scale,
     )
+    if any(isinstance(param, DTensor) for param in accumulator.params):
+        accumulator.all_reduce()
     return accumulator.estimate()

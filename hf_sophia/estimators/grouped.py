@@ -15,10 +15,13 @@ class GroupedEstimate:
 
     Args:
         params: The parameters to estimate for; those with `requires_grad=False` are left out.
+
+    Attributes:
+        params: Those that are left.
     """
 
     def __init__(self, params: Iterable[torch.Tensor]) -> None:
-        self._params = list(dict.fromkeys(p for p in params if p.requires_grad))
+        self.params = list(dict.fromkeys(p for p in params if p.requires_grad))
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._count: torch.Tensor | None = None
 
@@ -28,7 +31,7 @@ class GroupedEstimate:
         return 0 if self._count is None else int(self._count)
 
     def _check_params(self) -> None:
-        if not self._params:
+        if not self.params:
             raise ValueError("params holds no parameter that requires a gradient")
 
     def _sum_of(self, param: torch.Tensor) -> torch.Tensor:
@@ -49,11 +52,11 @@ class GroupedEstimate:
         their shards of it. What sharded parameters have was reduced before it was squared.
         """
         self._check_params()
-        device = self._params[0].device
+        device = self.params[0].device
         count = torch.zeros((), dtype=torch.long) if self._count is None else self._count
         self._count = count.to(device)
         distributed.all_reduce(self._count)
-        whole = [self._sum_of(p) for p in self._params if not isinstance(p, DTensor)]
+        whole = [self._sum_of(p) for p in self.params if not isinstance(p, DTensor)]
         for bucket in _buckets(whole):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 distributed.all_reduce(bucket[0])
@@ -78,7 +81,7 @@ class GroupedEstimate:
         count = self.count
         if count == 0:
             raise ValueError("no prediction counts: every target is -100, so there is no estimate")
-        result = {param: self._sum_of(param) for param in self._params}
+        result = {param: self._sum_of(param) for param in self.params}
         for total in result.values():
             total.div_(count)
         self._sums, self._count = {}, None

@@ -62,10 +62,10 @@ class Hutchinson(GroupedEstimate):
             ValueError, RuntimeError: As for `hutchinson`.
         """
         self._check_params()
-        count = torch.as_tensor(count, device=self._params[0].device)
+        count = torch.as_tensor(count, device=self.params[0].device)
         if int(count) == 0:
             return
-        estimate = hutchinson(loss * count.to(loss.device), self._params, generator=generator)
+        estimate = hutchinson(loss * count.to(loss.device), self.params, generator=generator)
         with torch.no_grad():
             self._add_count(count)
             for param, term in estimate.items():

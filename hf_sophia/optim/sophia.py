@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
 from hf_sophia.optim.base import BaseOptimizer, Group, State, first_non_finite
@@ -246,8 +248,8 @@ class Sophia(BaseOptimizer):
         Raises:
             ValueError: A gradient or an estimate holds NaN or infinity, or logits came with
                 `"hutchinson"`; no parameter has changed.
-            RuntimeError: The graph that the refresh needs is gone, or a gradient is sparse or
-                complex.
+            RuntimeError: The graph that the refresh needs is gone, a gradient is sparse or complex,
+                or the Hessian is due in one of several processes, each of which would have its own.
         """
         by_hutchinson = self.param_groups[0]["hessian_computation_type"] == "hutchinson"
         if by_hutchinson and logits is not None:
@@ -260,6 +262,7 @@ class Sophia(BaseOptimizer):
             with torch.enable_grad():
                 loss = self._differentiate(closure) if by_hutchinson else closure()
         if logits is not None and self.hessian_due:
+            self._check_alone("step(logits=...)", shards=True)
             self.update_hessian(self._from_logits(logits))
         self._apply_gradients()
         return loss
@@ -273,6 +276,25 @@ class Sophia(BaseOptimizer):
 
     def _from_logits(self, logits: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
         return gauss_newton_bartlett(logits, self._trainable())
+
+    def _check_alone(self, call: str, *, shards: bool) -> None:
+        """Refuse what differentiates here, past DistributedDataParallel, in several processes.
+
+        Args:
+            call: What the user wrote.
+            shards: Whether it is right for sharded parameters, whose processes do it together.
+        """
+        if not distributed.is_available() or not distributed.is_initialized():
+            return
+        if shards and any(isinstance(param, DTensor) for param in self._trainable()):
+            return
+        if distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"{call} would give each of {distributed.get_world_size()} processes a result of"
+                " its own, and their parameters would drift apart. Add the logits of each to a"
+                " hf_sophia.estimators.GaussNewtonBartlett (or Hutchinson), call its all_reduce()"
+                " and update_hessian(its estimate()), and let backward() make the gradients"
+            )
 
     def _differentiate(self, closure: Callable[[], Any]) -> Any:
         """Run a closure; unless it called `backward()`, differentiate its loss here."""
@@ -297,6 +319,7 @@ class Sophia(BaseOptimizer):
                 "with hessian_computation_type='hutchinson' the closure must return the loss, a"
                 f" tensor of one element with its graph, got {loss!r}"
             )
+        self._check_alone("step(closure) without backward()", shards=False)
         if self.hessian_due:
             self.update_hessian(hutchinson(loss, params))
         grads = torch.autograd.grad(loss, params, allow_unused=True)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _FILE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 _LOAD_ERRORS = (*_FILE_ERRORS, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
-#: Written by transformers while it saves a checkpoint because of SIGTERM.
+#: Written by transformers, in each process, while it saves a checkpoint because of SIGTERM.
 _SENTINEL = "checkpoint-is-incomplete.txt"
 
 #: What stands in the place of the state of optimizers whose file is missing.
@@ -42,7 +42,7 @@ def is_whole(checkpoint: Path) -> bool:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(state, dict) and not (checkpoint / _SENTINEL).exists()
+    return isinstance(state, dict)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -75,12 +75,12 @@ def _advice(folder: Path) -> str:
 
 
 @contextmanager
-def _explained(checkpoint: Path) -> Iterator[None]:
+def _explained(checkpoint: Path, file: str | None = None) -> Iterator[None]:
     """Turn what a damaged or foreign checkpoint raises into an error that names the file."""
     try:
         yield
     except (*_LOAD_ERRORS, pickle.UnpicklingError) as error:
-        path = checkpoint / _culprit(checkpoint)
+        path = checkpoint / (file or _culprit(checkpoint))
         raise ValueError(
             f"{path} can't be loaded: {error}. Nothing was changed on disk. Resume from another"
             f" checkpoint, or train from this one's weights alone, with"
@@ -131,6 +131,11 @@ class WholeCheckpointsMixin:
     other processes included. `resume_from_checkpoint=True` takes the newest checkpoint that has it.
     """
 
+    #: The checkpoint that this run has written or read last.
+    _newest: Path | None = None
+    #: Whether a checkpoint is being written because of SIGTERM.
+    _terminating = False
+
     def _keeps_checkpoints_whole(self) -> bool:
         """Whether to do anything; a subclass says when."""
         return True
@@ -149,8 +154,13 @@ class WholeCheckpointsMixin:
         Raises:
             ValueError: The checkpoint is not whole, or none is; the message names one that is.
         """
-        if resume_from_checkpoint and self._keeps_checkpoints_whole():
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        if self._keeps_checkpoints_whole():
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+            if self.args.should_save:
+                # Of runs that were killed: in this one the mark is to say that SIGTERM came.
+                for folder in checkpoints_of(Path(self.args.output_dir)):
+                    (folder / _SENTINEL).unlink(missing_ok=True)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _whole_checkpoint(self, asked: str | bool) -> str | bool:
@@ -191,10 +201,18 @@ class WholeCheckpointsMixin:
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         state = folder / TRAINER_STATE_NAME
+        # Transformers asks for a checkpoint at SIGTERM in each process by itself, and at moments
+        # that can differ: to wait for the others there would be to lose it.
+        self._terminating = (folder / _SENTINEL).exists()
+        if self._terminating and self._newest == folder.resolve() and is_whole(folder):
+            # Of this step, before its successor has begun: it is what would be written.
+            (folder / _SENTINEL).unlink(missing_ok=True)
+            return
         if self.args.should_save:
             # An earlier run may have left a whole one here, which is about to be overwritten.
             state.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
+        if not self._terminating:
+            self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         except _FILE_ERRORS as error:
@@ -206,15 +224,34 @@ class WholeCheckpointsMixin:
                 f" not be resumed from; {_advice(run)}. Make room (save_total_limit keeps fewer"
                 " checkpoints) and train with resume_from_checkpoint=True"
             ) from error
-        if self.args.should_save:
-            # Of an earlier run that was killed: this checkpoint is whole.
-            (folder / _SENTINEL).unlink(missing_ok=True)
+        self._newest = folder.resolve()
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the generators' states, and go on to the Trainer's own when all processes have."""
         super()._save_rng_state(output_dir)
-        if self._keeps_checkpoints_whole():
+        if self._keeps_checkpoints_whole() and not self._terminating:
             self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the generators' states; without them a resumed run is not exactly the same.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        if checkpoint is None or not self._keeps_checkpoints_whole():
+            super()._load_rng_state(checkpoint)
+            return
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        name = f"rng_state{rank}.pth"
+        if not (Path(checkpoint) / name).is_file():
+            logger.warning(
+                "%s holds no %s: dropout and other random numbers will not be those of the"
+                " uninterrupted run",
+                checkpoint,
+                name,
+            )
+        with _explained(Path(checkpoint), name):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights; those of a run on one process also into FSDP2's shards.
@@ -222,10 +259,16 @@ class WholeCheckpointsMixin:
         Raises:
             ValueError: FSDP2 is to take over weights that are not those of this model.
         """
-        if not self._is_of_one_process(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         folder = Path(resume_from_checkpoint)
+        if not self._is_of_one_process(resume_from_checkpoint):
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"the weights in {folder} can't be loaded: {error}. Resume from another"
+                    " checkpoint"
+                ) from error
+            return
         weights = whole_weights(folder)
         saved = frozenset(weights)  # loading fills in what is missing
         target = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
@@ -248,7 +291,6 @@ class WholeCheckpointsMixin:
         return (
             self._keeps_checkpoints_whole()
             and self.is_fsdp_enabled
-            and (folder / OPTIMIZER_NAME).is_file()
             and not any(folder.glob("pytorch_model_fsdp*"))
         )
 
@@ -262,14 +304,36 @@ class WholeCheckpointsMixin:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
+        self._newest = folder.resolve()
         if not any((folder / name).exists() for name in _OPTIMIZER_FILES):
             logger.warning(
                 "%s holds no state of the optimizer (save_only_model): momentum, Hessian and"
                 " schedule start anew",
                 folder,
             )
+            return
+        if not (folder / SCHEDULER_NAME).is_file():
+            raise ValueError(
+                f"{folder} holds a state of the optimizer but no {SCHEDULER_NAME}, without which"
+                " transformers loads neither: resume from another checkpoint"
+            )
+        self._load_both(folder)
+        empty = sum(
+            not self.optimizer.state.get(param)
+            for group in self.optimizer.param_groups
+            for param in group["params"]
+        )
+        if empty:
+            logger.warning(
+                "the state of the optimizer in %s has nothing for %d parameters: theirs starts"
+                " anew",
+                folder,
+                empty,
+            )
+
+    def _load_both(self, folder: Path) -> None:
         with _explained(folder):
-            if self._is_of_one_process(checkpoint):
+            if self._is_of_one_process(str(folder)):
                 for name, target in (
                     (OPTIMIZER_NAME, self.optimizer),
                     (SCHEDULER_NAME, self.lr_scheduler),
@@ -277,4 +341,4 @@ class WholeCheckpointsMixin:
                     path = folder / name
                     target.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
                 return
-            super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(str(folder))

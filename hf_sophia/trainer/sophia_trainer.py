@@ -209,22 +209,23 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
                 if self._plan.sharded or not should_reduce_batch_size(error):
                     raise
             # Out of the except clause: the exception would hold on to the graph.
-            if sum(counts) > 1:
-                self._make_smaller(refresh, refresh.fraction / 2)
-            else:
-                self._make_smaller(refresh, None)
+            half = refresh.fraction / 2
+            shrinks = sum(share_counts(refresh.batches, half)) < sum(counts)
+            self._make_smaller(refresh, half if shrinks else None)
 
     def _make_smaller(self, refresh: HessianRefresh, fraction: float | None) -> None:
         """Drop what a refresh has collected when it ran out of memory, and choose a share."""
         refresh.start_over(fraction)
         clear_device_cache(garbage_collection=True)
+        then = (
+            "it is made again on a smaller share of the batch after the training pass, and so is"
+            " every later one that does. Ask for less with --optim_args hessian_batch_fraction=..."
+            if fraction is not None
+            else "the batch can't be cut any smaller"
+        )
+        step = self.state.global_step + 1
         self._health.warn_once(
-            "memory",
-            "the Hessian refresh of step %d ran out of memory: it is made again on a smaller share"
-            " of the batch after the training pass, and so is every later one that does. Ask for"
-            " less with --optim_args hessian_batch_fraction=%g",
-            self.state.global_step + 1,
-            fraction or DEFAULT_FRACTION,
+            "memory", "the Hessian refresh of step %d ran out of memory: %s", step, then
         )
 
     def _estimate_in_own_pass(

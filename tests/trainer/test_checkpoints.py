@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hf_sophia import SophiaTrainer
 from hf_sophia.trainer.checkpoints import checkpoints_of, is_whole, last_whole
@@ -43,7 +44,7 @@ def assert_same_end(one: SophiaTrainer, other: SophiaTrainer) -> None:
         assert all(torch.equal(states[0][n], states[1][n]) for n in ("exp_avg", "hessian"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "marked"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_a_checkpoint_that_was_not_finished_is_passed_over(
     damage, tiny_gpt2, tmp_path, caplog
 ) -> None:
@@ -52,8 +53,6 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(
     state = newest / "trainer_state.json"
     if damage == "missing":
         state.unlink()
-    elif damage == "marked":
-        (newest / "checkpoint-is-incomplete.txt").write_text("in progress")
     else:
         state.write_text(state.read_text()[:100] if damage == "truncated" else "")
     assert checkpoints_of(tmp_path) == [newest, tmp_path / "checkpoint-4"]
@@ -164,6 +163,47 @@ def test_an_optimizer_file_that_does_not_fit_is_named_and_nothing_is_overwritten
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "rng_state.pth"])
+def test_other_damaged_files_are_named_too(file, tiny_gpt2, tmp_path) -> None:
+    run(tiny_gpt2(), tmp_path, **{**SAVING, "max_steps": 4})
+    path = tmp_path / "checkpoint-4" / file
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"checkpoint-4.* can't be loaded"):
+        resume(tiny_gpt2, tmp_path)
+
+
+def test_a_missing_schedule_is_an_error(tiny_gpt2, tmp_path) -> None:
+    """Transformers would then leave the optimizer's state out too, without a word."""
+    run(tiny_gpt2(), tmp_path, **{**SAVING, "max_steps": 4})
+    (tmp_path / "checkpoint-4" / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=r"no scheduler\.pt, without which"):
+        resume(tiny_gpt2, tmp_path)
+
+
+@pytest.mark.parametrize("gone", ["one", "all", "random numbers"])
+def test_what_is_not_in_a_checkpoint_is_said(gone, tiny_gpt2, tmp_path, caplog) -> None:
+    run(tiny_gpt2(), tmp_path, **{**SAVING, "max_steps": 4})
+    path = tmp_path / "checkpoint-4" / "optimizer.pt"
+    saved = torch.load(path, weights_only=True)
+    parameters = len(saved["state"])
+    if gone == "one":
+        del saved["state"][0]
+    elif gone == "all":
+        saved["state"] = {}
+    else:
+        (tmp_path / "checkpoint-4" / "rng_state.pth").unlink()
+    torch.save(saved, path)
+    with caplog.at_level(logging.WARNING, "hf_sophia"):
+        resume(tiny_gpt2, tmp_path)
+    expected = {
+        "one": "has nothing for 1 parameters: theirs starts anew",
+        "all": f"has nothing for {parameters} parameters: theirs starts anew",
+        "random numbers": "holds no rng_state.pth: dropout",
+    }
+    warned = [r.message for r in caplog.records if r.name.startswith("hf_sophia")]
+    assert [expected[gone] in message for message in warned] == [True]
+
+
 def test_a_damaged_schedule_is_named_too(tiny_gpt2, tmp_path) -> None:
     run(tiny_gpt2(), tmp_path, **{**SAVING, "max_steps": 4})
     (tmp_path / "checkpoint-4" / "scheduler.pt").write_bytes(b"no")
@@ -207,3 +247,41 @@ def test_a_just_in_time_checkpoint_at_sigterm_resumes_exactly(k, tiny_gpt2, tmp_
     resumed = resume(tiny_gpt2, tmp_path / "run", save_strategy="no", **options)
     assert_same_end(whole, resumed)
     assert max(h.max() for h in hessians_of(resumed)) > 0
+
+
+def test_sigterm_after_a_save_does_not_touch_the_checkpoint_of_that_step(
+    tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    """Within step 4 transformers would write the folder of step 3 anew, the only whole one."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    options = {"max_steps": 8, "optim_args": "rho=0.2,k=3", **saving}
+    whole = run(tiny_gpt2(resid_pdrop=0.2), tmp_path / "whole", **options)
+    seen = []
+    execute_jit_checkpoint = CheckpointManager.execute_jit_checkpoint
+
+    def spied(self):
+        saved = tmp_path / "run" / "checkpoint-3"
+        seen.append(contents(saved))
+        execute_jit_checkpoint(self)
+        seen.append(contents(saved))
+
+    monkeypatch.setattr(CheckpointManager, "execute_jit_checkpoint", spied)
+    model = tiny_gpt2(resid_pdrop=0.2)
+    run(model, tmp_path / "run", callback=Terminator(), enable_jit_checkpoint=True, **options)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    trainer = SophiaTrainer(
+        tiny_gpt2(seed=1, resid_pdrop=0.2),
+        arguments(tmp_path / "run", **options),
+        train_dataset=dataset(),
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_same_end(whole, trainer)
+
+
+def test_a_mark_of_a_run_that_was_killed_is_removed(tiny_gpt2, tmp_path) -> None:
+    run(tiny_gpt2(), tmp_path, **{**SAVING, "max_steps": 4})
+    mark = tmp_path / "checkpoint-4" / "checkpoint-is-incomplete.txt"
+    mark.write_text("in progress")
+    resume(tiny_gpt2, tmp_path)
+    assert not mark.exists()

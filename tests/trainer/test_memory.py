@@ -96,6 +96,24 @@ def test_a_refresh_that_never_fits_is_left_out(room_for, tiny_gpt2, tmp_path, ca
     assert "from step 1 to step 3 (k=2)" in caplog.text
 
 
+def test_a_batch_that_can_not_be_cut_is_tried_once(room_for, tiny_gpt2, tmp_path, caplog) -> None:
+    class Uncut(SophiaTrainer):
+        def get_batch_samples(self, *args):
+            batches, count = super().get_batch_samples(*args)
+            # As of a vision model whose patches stand in one long row.
+            return [{**batch, "patches": torch.zeros(9)} for batch in batches], count
+
+        def _prepare_inputs(self, inputs):
+            return super()._prepare_inputs({k: v for k, v in inputs.items() if k != "patches"})
+
+    seen = room_for(0)
+    with caplog.at_level(logging.WARNING, "hf_sophia"):
+        run(tiny_gpt2(), tmp_path, trainer_class=Uncut, max_steps=1)
+    # On the kept graph, and then in a pass of its own on the whole batch.
+    assert len(seen) == 2
+    assert "ran out of memory" in caplog.text
+
+
 def test_another_error_at_a_refresh_is_not_taken_for_a_lack_of_memory(
     monkeypatch, tiny_gpt2, tmp_path
 ) -> None:
