@@ -62,6 +62,10 @@ def test_what_would_be_wrong_on_shards_is_refused_on_every_process(tmp_path) -> 
         assert found["unchanged"]
         assert "Hessian estimate of parameter 2 of group 0 (shape" in found["estimate"]
         assert "one of shape (3,) is not" in found["mixed"]
+        for call in ("logits", "closure"):
+            assert "would give each of 2 processes a result of its own" in found[call]
+        assert found["one call"]
+        assert found["step on shards"]
 
 
 def test_state_of_a_run_on_one_process_loads_into_shards(tmp_path) -> None:

@@ -247,6 +247,16 @@ def test_when_a_process_dies_the_other_ends_with_an_error_and_the_run_resumes(
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14, msg=name)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fsdp2_resumes_from_weights_alone_and_says_so(processes, tmp_path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "save_only_model": True}
+    train(tmp_path, processes, fsdp=processes == 2, **options)
+    ranks = train(tmp_path, 2, fsdp=True, resume=True, **{**options, "max_steps": 3})
+    assert len(ranks[0]["hashes"]) == 1
+    assert ranks[0]["logs"][-1]["loss"] < ranks[0]["logs"][0]["loss"]
+    assert any("holds no state of the" in warning for warning in ranks[0]["warnings"])
+
+
 @pytest.mark.parametrize("kind", ["foreign weights", "no weights", "damaged shards"])
 def test_a_checkpoint_that_fsdp2_can_not_load_is_an_error_on_all_processes(kind, tmp_path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}

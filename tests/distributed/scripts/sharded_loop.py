@@ -13,7 +13,7 @@ from torch.nn import functional
 from trainer.scripts.two_processes import rows, tiny_model
 from transformers import GPT2LMHeadModel
 
-from hf_sophia import Adam, RAdam, Sophia, hutchinson
+from hf_sophia import Adam, RAdam, Sophia, gauss_newton_bartlett, hutchinson
 from hf_sophia.estimators import GaussNewtonBartlett, sampled_cotangent
 from hf_sophia.trainer.noise import label_noise
 
@@ -167,9 +167,42 @@ def faults(output: Path) -> dict[str, object]:
     if distributed.get_rank() == 0:
         estimate[params[2]].to_local()[0] = float("inf")
     found["estimate"] = message_of(ValueError, optimizer.update_hessian, estimate)
+    found |= one_call(batch)
     mixed = [*params, torch.nn.Parameter(torch.zeros(3))]
     estimator = GaussNewtonBartlett(mixed)
     found["mixed"] = message_of(ValueError, estimator.add, *outputs_of(model, batch))
+    return found
+
+
+def one_call(batch: Batch) -> dict[str, object]:
+    """Estimate in one call, from shards and beside DistributedDataParallel."""
+    found = {}
+    model = shard(double_model())
+    params = list(model.parameters())
+    logits, targets = outputs_of(model, batch)
+    noise = label_noise(SEED, 0, distributed.get_rank(), 0)
+    together = GaussNewtonBartlett(params)
+    together.add(logits, targets, generator=noise)
+    together.all_reduce()
+    expected = whole(list(together.estimate().values()))
+    logits, targets = outputs_of(model, batch)
+    noise = label_noise(SEED, 0, distributed.get_rank(), 0)
+    estimate = gauss_newton_bartlett(logits, params, targets=targets, generator=noise)
+    actual = whole(list(estimate.values()))
+    found["one call"] = all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+    optimizer = sophia(params)
+    loss = loss_of(model, batch)
+    loss.backward()
+    optimizer.step(logits=outputs_of(model, batch)[0])
+    found["step on shards"] = max(h.max().item() for h in held(model, optimizer)["hessian"]) > 0
+
+    model = double_model()
+    optimizer = sophia(list(model.parameters()))
+    logits, _ = outputs_of(model, batch)
+    found["logits"] = message_of(RuntimeError, lambda: optimizer.step(logits=logits))
+    by_hutchinson = Sophia(model.parameters(), hessian_computation_type="hutchinson")
+    found["closure"] = message_of(RuntimeError, by_hutchinson.step, lambda: loss_of(model, batch))
     return found
 
 
