@@ -333,12 +333,14 @@ class WholeCheckpointsMixin:
 
     def _load_both(self, folder: Path) -> None:
         with _explained(folder):
-            if self._is_of_one_process(str(folder)):
-                for name, target in (
-                    (OPTIMIZER_NAME, self.optimizer),
-                    (SCHEDULER_NAME, self.lr_scheduler),
-                ):
-                    path = folder / name
-                    target.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            if self.is_fsdp_enabled and not self._is_of_one_process(str(folder)):
+                super()._load_optimizer_and_scheduler(str(folder))
                 return
-            super()._load_optimizer_and_scheduler(str(folder))
+            # Older transformers can't read the file on several CPU processes; and through the CPU
+            # it does not take a device's memory twice.
+            for name, target in (
+                (OPTIMIZER_NAME, self.optimizer),
+                (SCHEDULER_NAME, self.lr_scheduler),
+            ):
+                saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+                target.load_state_dict(saved)
