@@ -76,6 +76,9 @@ class BaseOptimizer(Optimizer):
         "weight_decay": check_non_negative,
     }
 
+    #: State besides `step` and the tensors of `_state_names` that a parameter may have.
+    _optional_state: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -162,6 +165,7 @@ class BaseOptimizer(Optimizer):
             if param.grad is not None
         ]
         self._check_gradients([param for param, _ in pairs])
+        self._before_updates(pairs)
         for param, group in pairs:
             dtype = state_dtype(param)
             shard, grad = local(param), local(placed_like(param.grad, param))
@@ -173,6 +177,9 @@ class BaseOptimizer(Optimizer):
             state["step"] = shards["step"]
             if theta is not shard:
                 shard.copy_(theta)
+
+    def _before_updates(self, pairs: list[tuple[torch.Tensor, Group]]) -> None:
+        """Do what needs all parameters with their gradients, before any of them changes."""
 
     def _check_gradients(self, params: list[torch.Tensor]) -> None:
         name = self._name
@@ -239,7 +246,8 @@ class BaseOptimizer(Optimizer):
         for param, _, saved in self._match(exact):
             for name, value in saved.items():
                 if isinstance(value, torch.Tensor):
-                    value = placed_like(value, param)
+                    if value.shape == param.shape:
+                        value = placed_like(value, param)
                     self.state[param][name] = value.to(param.device, state_dtype(param), copy=True)
 
     def _match(self, state_dict: dict[str, Any]) -> Iterable[tuple[torch.Tensor, Group, State]]:
@@ -271,7 +279,7 @@ class BaseOptimizer(Optimizer):
             self._check_group(group)
         for param, group, state in self._match(state_dict):
             wanted = {"step", *self._state_names(group)}
-            if state and state.keys() != wanted:
+            if state and not wanted <= state.keys() <= wanted | self._optional_state:
                 raise ValueError(
                     f"the state dictionary was not saved by {name} with these options: it keeps"
                     f" {sorted(state)} for {self._describe(param)}, wanted {sorted(wanted)}"

@@ -11,15 +11,46 @@ from torch.distributed.tensor import DTensor
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
 from hf_sophia.optim.base import BaseOptimizer, Group, State, first_non_finite
 from hf_sophia.optim.sharding import local, placed_like, total
-from hf_sophia.optim.validation import check_count, check_positive, check_positive_integer
+from hf_sophia.optim.threshold import CoordinateSample, clipping_quantiles, smoothed
+from hf_sophia.optim.validation import (
+    check_count,
+    check_flag,
+    check_non_negative,
+    check_open_fraction,
+    check_positive,
+    check_positive_integer,
+)
 from hf_sophia.optim.weight_decay import WeightDecay
 
 #: What `hessian_computation_type` may be: the estimator that `step()` runs by itself.
 HESSIAN_COMPUTATION_TYPES = ("gnb", "hutchinson")
 
 
+#: The rho that follows the data.
+AUTO = "auto"
+
+#: What has one rho of its own under `rho="auto"`.
+RHO_SCOPES = ("tensor", "group")
+
+#: Stands for a rho that there is none of yet: with it every coordinate that moves is clipped.
+_TINY = 1e-30
+
+
 class NonFiniteHessianError(ValueError):
     """A Hessian estimate holds NaN or infinity; the optimizer is as it was before."""
+
+
+def _check_rho(name: str, value: Any) -> None:
+    if value != AUTO:
+        if isinstance(value, str):
+            raise ValueError(f"{name} must be a number > 0 or {AUTO!r}, got {value!r}")
+        check_positive(name, value)
+
+
+def _check_rho_scope(name: str, value: Any) -> None:
+    if value not in RHO_SCOPES:
+        known = ", ".join(map(repr, RHO_SCOPES))
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 def _check_hessian_computation_type(name: str, value: Any) -> None:
@@ -36,14 +67,30 @@ def sophia_update(
     *,
     lr: float,
     beta1: float,
-    rho: float,
+    rho: float | torch.Tensor,
     eps: float,
+    nesterov: bool = False,
+    hessian_weight: float = 1.0,
 ) -> None:
     """Change `m` and `theta` in place: lines 6 and 13 of Algorithm 3, with lr = eta * rho."""
     m.lerp_(g, 1.0 - beta1)
-    ratio = h.clamp(min=eps)
-    torch.div(m, ratio, out=ratio).clamp_(-rho, rho)
-    theta.add_(ratio, alpha=-lr / rho)
+    ratio = curvature(h, eps, hessian_weight)
+    torch.div(m.lerp(g, 1.0 - beta1) if nesterov else m, ratio, out=ratio)
+    ratio.clamp_(-rho, rho)
+    if isinstance(rho, torch.Tensor):
+        theta.sub_(ratio.mul_(lr / rho))
+    else:
+        theta.add_(ratio, alpha=-lr / rho)
+
+
+def curvature(h: torch.Tensor, eps: float, hessian_weight: float) -> torch.Tensor:
+    """Return what to divide by, a new tensor: `max(h / hessian_weight, eps)`."""
+    return (h if hessian_weight == 1.0 else h / hessian_weight).clamp(min=eps)
+
+
+def _hessian_weight(group: Group) -> float:
+    """Return what h is divided by: with bias correction, how much of the average is filled."""
+    return (group["hessian_weight"] or 1.0) if group["bias_correction"] else 1.0
 
 
 class Sophia(BaseOptimizer):
@@ -73,12 +120,23 @@ class Sophia(BaseOptimizer):
             value grows like `1 / sqrt(B)`: 0.05 at 480k tokens a step is about 0.7 at 2k.
         weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
         defaults: Further defaults of group values.
+            `"auto"`: a threshold of its own for each tensor or group that follows the data, so that
+            the share `target_clip_fraction` of the coordinates is clipped. It is the quantile of
+            `|m| / max(h, eps)` over a fixed sample of coordinates, taken at each refresh and
+            averaged with the last in the logarithm.
         k: Steps from one Hessian refresh to the next, >= 1; the same in every group.
         hessian_computation_type: Estimator that `step` runs by itself; the same in every group.
+        target_clip_fraction: For `rho="auto"`: the share to clip, in (0, 1).
+        rho_scope: For `rho="auto"`: `"tensor"` or `"group"`, what has a rho of its own.
+        nesterov: Clip `(beta1 m + (1 - beta1) g) / max(h, eps)`, with the new m, in the place of
+            `m / max(h, eps)`: Nesterov's momentum as in Dozat, "Incorporating Nesterov momentum
+            into Adam", 2016.
+        bias_correction: Divide h by `1 - beta2^n` after n refreshes, as Adam does its averages.
 
     State per parameter: `step` (this optimizer's count of steps when the parameter last moved),
-    `exp_avg` (m) and `hessian` (h), in fp32 at least. Refreshes follow this optimizer's own count
-    of steps, which goes on through a checkpoint; each group's `refreshed_step` is the last of them.
+    `exp_avg` (m) and `hessian` (h), in fp32 at least, and `rho` where that is `"auto"`. Refreshes
+    follow this optimizer's own count of steps, which goes on through a checkpoint; each group's
+    `refreshed_step` is the last of them.
 
     Raises:
         ValueError, TypeError: An option is out of range or of a wrong type.
@@ -112,7 +170,12 @@ class Sophia(BaseOptimizer):
     _checks: ClassVar[dict[str, Any]] = {
         **BaseOptimizer._checks,
         "eps": check_positive,
-        "rho": check_positive,
+        "rho": _check_rho,
+        "target_clip_fraction": check_open_fraction,
+        "rho_scope": _check_rho_scope,
+        "nesterov": check_flag,
+        "bias_correction": check_flag,
+        "hessian_weight": check_non_negative,
         "k": check_positive_integer,
         "refreshed_step": check_count,
         "hessian_computation_type": _check_hessian_computation_type,
@@ -124,12 +187,16 @@ class Sophia(BaseOptimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-12,
-        rho: float = 0.03,
+        rho: float | str = 0.03,
         weight_decay: WeightDecay | float = WeightDecay(),
         defaults: Mapping[str, Any] | None = None,
         *,
         k: int = 10,
         hessian_computation_type: str = "gnb",
+        target_clip_fraction: float = 0.5,
+        rho_scope: str = "tensor",
+        nesterov: bool = False,
+        bias_correction: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -140,6 +207,12 @@ class Sophia(BaseOptimizer):
             "hessian_computation_type": hessian_computation_type,
             # The last step whose refresh has been made; in the groups, so that it is saved.
             "refreshed_step": 0,
+            "target_clip_fraction": target_clip_fraction,
+            "rho_scope": rho_scope,
+            "nesterov": nesterov,
+            "bias_correction": bias_correction,
+            # How much of the average h has been filled, 1 - beta2^n after n refreshes.
+            "hessian_weight": 0.0,
         }
         # A due step that passed without its refresh.
         self._missed_step: int | None = None
@@ -162,7 +235,9 @@ class Sophia(BaseOptimizer):
                         f" beside {other[name]!r}: one backward pass refreshes all of them"
                     )
         # Groups taken from another optimizer bring its options, but its Hessian is not theirs.
-        super().add_param_group({**param_group, "refreshed_step": 0})
+        super().add_param_group({**param_group, "refreshed_step": 0, "hessian_weight": 0.0})
+
+    _optional_state: ClassVar[frozenset[str]] = frozenset({"rho"})
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "hessian")
@@ -217,6 +292,9 @@ class Sophia(BaseOptimizer):
             hessian.lerp_(estimate, 1.0 - groups[param]["betas"][1])
         for group in self.param_groups:
             group["refreshed_step"] = self._next_step
+            if any(param in mapping for param in group["params"]):
+                beta2 = group["betas"][1]
+                group["hessian_weight"] = beta2 * group["hessian_weight"] + 1.0 - beta2
         self._missed_step = None
 
     def repeat_refresh(self) -> None:
@@ -356,9 +434,57 @@ class Sophia(BaseOptimizer):
             grad,
             lr=group["lr"],
             beta1=group["betas"][0],
-            rho=group["rho"],
+            rho=state["rho"].clamp(min=_TINY) if group["rho"] == AUTO else group["rho"],
             eps=group["eps"],
+            nesterov=group["nesterov"],
+            hessian_weight=_hessian_weight(group),
         )
+
+    def _before_updates(self, pairs: list[tuple[torch.Tensor, Group]]) -> None:
+        for group in self.param_groups:
+            if group["rho"] != AUTO:
+                continue
+            params = [param for param, owner in pairs if owner is group]
+            for param in params:
+                state = self._state_of(param, group)
+                if "rho" not in state:
+                    state["rho"] = torch.zeros((), device=local(param).device)
+            if group["refreshed_step"] == self._current_step:
+                by_device: dict[torch.device, list[torch.Tensor]] = {}
+                for param in params:
+                    by_device.setdefault(local(param).device, []).append(param)
+                for same_device in by_device.values():
+                    self._follow(same_device, group)
+
+    def _follow(self, params: list[torch.Tensor], group: Group) -> None:
+        """Bring the rho of some parameters of one device towards this step's quantile."""
+        cache = self.__dict__.setdefault("_samples", {})
+        beta1 = group["betas"][0]
+        samples, ratios = [], []
+        for param in params:
+            if param not in cache:
+                cache[param] = CoordinateSample(param)
+            sample, state = cache[param], self.state[param]
+            m, h, g = (
+                sample.take(local(tensor))
+                for tensor in (state["exp_avg"], state["hessian"], placed_like(param.grad, param))
+            )
+            g = g.to(m.dtype)
+            m = m.lerp_(g, 1.0 - beta1)
+            if group["nesterov"]:
+                m = m.lerp_(g, 1.0 - beta1)
+            samples.append(sample)
+            ratios.append(m.abs_().div_(curvature(h, group["eps"], _hessian_weight(group))))
+        quantiles = clipping_quantiles(
+            params,
+            samples,
+            ratios,
+            group["target_clip_fraction"],
+            together=group["rho_scope"] == "group",
+        )
+        old = torch.stack([self.state[param]["rho"].to(quantiles.dtype) for param in params])
+        for param, rho in zip(params, smoothed(old, quantiles), strict=True):
+            self.state[param]["rho"] = rho.clone()
 
     @torch.no_grad()
     def clip_fraction(self) -> torch.Tensor:
@@ -373,12 +499,34 @@ class Sophia(BaseOptimizer):
             for param in group["params"]:
                 state = self.state.get(param)
                 if state and state["step"]:
-                    bound = local(state["hessian"]).clamp(min=group["eps"]).mul_(group["rho"])
+                    rho = state["rho"] if group["rho"] == AUTO else group["rho"]
+                    bound = curvature(
+                        local(state["hessian"]), group["eps"], _hessian_weight(group)
+                    ).mul_(rho)
                     clipped.append((local(state["exp_avg"]).abs() >= bound).sum())
                     moved.append(param)
         if not moved:
             return torch.zeros(())
         return total(clipped, moved) / sum(param.numel() for param in moved)
+
+    @torch.no_grad()
+    def mean_rho(self) -> torch.Tensor:
+        """Return the geometric mean of rho over all coordinates that have moved.
+
+        A zero-dimensional fp32 tensor on the parameters' device, without a device sync.
+        """
+        logs, sizes = [], []
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and state["step"]:
+                    own = state["rho"] if group["rho"] == AUTO else torch.tensor(group["rho"])
+                    logs.append(own.clamp(min=_TINY).to(local(param).device, torch.float32).log())
+                    sizes.append(param.numel())
+        if not logs:
+            return torch.zeros(())
+        together = torch.stack([log.to(logs[0].device) for log in logs])
+        return torch.dot(together, together.new_tensor(sizes) / sum(sizes)).exp()
 
     @torch.no_grad()
     def hessian_norm(self) -> torch.Tensor:

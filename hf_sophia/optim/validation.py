@@ -31,6 +31,13 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
 
 
+def check_open_fraction(name: str, value: Any) -> None:
+    """Raise unless `value` lies in (0, 1), without its ends."""
+    _check_number(name, value)
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie in (0, 1), without 0 and 1, got {value!r}")
+
+
 def check_betas(name: str, value: Any) -> None:
     """Raise unless `value` holds two decay rates in [0, 1)."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from hf_sophia.optim.sophia import AUTO
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,6 +29,15 @@ def _parse_int(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError("an integer") from None
+
+
+def _parse_rho(text: str) -> float | str:
+    if text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"a number or {AUTO!r}") from None
 
 
 Parser = Callable[[str], Any]
@@ -55,7 +66,11 @@ OPTION_TABLES = {
     "sophia": OptionTable(
         {
             **_BETAS_AND_EPS,
-            "rho": _parse_float,
+            "rho": _parse_rho,
+            "target_clip_fraction": _parse_float,
+            "rho_scope": str,
+            "nesterov": _parse_bool,
+            "bias_correction": _parse_bool,
             "k": _parse_int,
             "hessian_computation_type": str,
             "hessian_batch_fraction": _parse_float,

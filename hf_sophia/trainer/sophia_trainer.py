@@ -50,7 +50,8 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
     the mixin does nothing.
 
     Adds to the logs: `sophia/clip_fraction` (share of coordinates clipped in the last step),
-    `sophia/hessian_norm` (L2 norm of h) and `sophia/hessian_tokens` (B of the last refresh).
+    `sophia/hessian_norm` (L2 norm of h), `sophia/rho` (geometric mean, what `rho=auto` has come to)
+    and `sophia/hessian_tokens` (B of the last refresh).
 
     Where the graph of the training pass can't be used, and on request (`hessian_batch_fraction`), a
     forward pass of its own takes a share of the batch. Runs on one process, with
@@ -393,10 +394,15 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
         optimizer = self._sophia
         if optimizer is not None and "loss" in logs:
             # One device sync for all of them.
-            values = torch.stack([optimizer.clip_fraction(), optimizer.hessian_norm()]).tolist()
-            logs["sophia/clip_fraction"], logs["sophia/hessian_norm"] = values
+            metrics = {
+                "sophia/clip_fraction": optimizer.clip_fraction(),
+                "sophia/hessian_norm": optimizer.hessian_norm(),
+                "sophia/rho": optimizer.mean_rho(),
+            }
+            values = torch.stack([m.to(self.args.device) for m in metrics.values()]).tolist()
+            logs.update(zip(metrics, values, strict=True))
             if self._health is not None:
-                self._health.logged(*values)
+                self._health.logged(values[0], values[1])
             if self._hessian_tokens is not None:
                 logs["sophia/hessian_tokens"] = float(self._hessian_tokens)
         super().log(logs, *args, **kwargs)

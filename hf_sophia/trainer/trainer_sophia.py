@@ -27,7 +27,18 @@ class TrainerSophia(Sophia):
     """
 
     #: Options that a resumed run takes from its own arguments; lr belongs to the scheduler.
-    _asked_for = ("betas", "eps", "rho", "weight_decay", "k", "hessian_computation_type")
+    _asked_for = (
+        "betas",
+        "eps",
+        "rho",
+        "weight_decay",
+        "k",
+        "hessian_computation_type",
+        "target_clip_fraction",
+        "rho_scope",
+        "nesterov",
+        "bias_correction",
+    )
 
     def __init__(
         self, params: Iterable[Any], *, hessian_batch_fraction: float | None = None, **options: Any

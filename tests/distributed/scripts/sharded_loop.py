@@ -29,7 +29,11 @@ def double_model() -> GPT2LMHeadModel:
 
 def sophia(params: list[torch.Tensor]) -> Sophia:
     """Make the optimizer; its eps keeps coordinates without curvature from taking sign steps."""
-    return Sophia(params, lr=1e-2, rho=1.0, eps=1e-5, k=2, weight_decay=0.1)
+    # The threshold that follows the data needs all shards of a tensor.
+    return Sophia(
+        params, lr=1e-2, rho="auto", eps=1e-5, k=2, weight_decay=0.1, nesterov=True,
+        bias_correction=True, target_clip_fraction=0.3,
+    )  # fmt: skip
 
 
 def batches_of(rank: int, processes: int) -> list[Batch]:

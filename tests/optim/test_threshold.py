@@ -1,0 +1,215 @@
+"""`rho="auto"` clips the share that was asked for, on any scale; Nesterov and bias correction."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from hf_sophia import Sophia
+from hf_sophia.optim.threshold import SAMPLE_SIZE, sample_indices, smoothed
+
+
+def problem(seed: int = 0) -> tuple[list[torch.nn.Parameter], torch.Generator]:
+    """Make tensors of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(64, 96), (50, 40), (7,), (300, 30)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    return params, generator
+
+
+def take_steps(
+    optimizer: Sophia,
+    params: list[torch.nn.Parameter],
+    generator: torch.Generator,
+    steps: int,
+    scales: list[float] | None = None,
+) -> None:
+    """Step on noise whose variance is the curvature, with a scale of its own for each tensor."""
+    for _ in range(steps):
+        for index, param in enumerate(params):
+            scale = 10.0 ** (index - 1) if scales is None else scales[index]
+            spread = torch.linspace(0.5, 2.0, param.numel()).view_as(param)
+            param.grad = scale * spread * torch.randn(param.shape, generator=generator)
+        if optimizer.hessian_due:
+            optimizer.update_hessian({p: p.grad.square() * 100.0 for p in params})
+        optimizer.step()
+
+
+def clipped_of(optimizer: Sophia, param: torch.Tensor) -> float:
+    state, group = optimizer.state[param], optimizer.param_groups[0]
+    bound = state["rho"] * state["hessian"].clamp(min=group["eps"])
+    return (state["exp_avg"].abs() >= bound).float().mean().item()
+
+
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.9])
+def test_each_tensor_clips_the_share_that_was_asked_for(target) -> None:
+    params, generator = problem()
+    optimizer = Sophia(params, lr=1e-3, rho="auto", target_clip_fraction=target, k=5)
+    take_steps(optimizer, params, generator, 101)
+    for param in params:
+        if param.numel() > 100:
+            # A sample of 1,024 and smoothing over refreshes of a noisy m: measured once, 5 % of
+            # all coordinates is three times the largest deviation over seeds 0 to 9.
+            assert clipped_of(optimizer, param) == pytest.approx(target, abs=0.05)
+    assert optimizer.clip_fraction().item() == pytest.approx(target, abs=0.05)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "group"])
+def test_the_scale_of_the_loss_does_not_matter(scope) -> None:
+    """A loss times c has gradients times c and a Hessian times c squared here: the same steps."""
+    runs = []
+    for factor in (1.0, 2.0**20):
+        params, generator = problem()
+        optimizer = Sophia(params, lr=1e-2, rho="auto", rho_scope=scope, k=3, eps=1e-30)
+        take_steps(optimizer, params, generator, 20, [factor] * 4)
+        runs.append([p.detach() for p in params])
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_one_rho_for_the_group_counts_every_coordinate_alike() -> None:
+    params, generator = problem()
+    optimizer = Sophia(
+        params, lr=1e-3, rho="auto", rho_scope="group", target_clip_fraction=0.3, k=1
+    )
+    take_steps(optimizer, params, generator, 60, [1.0, 3.0, 1.0, 0.2])
+    rhos = {optimizer.state[p]["rho"].item() for p in params}
+    assert len(rhos) == 1
+    assert optimizer.clip_fraction().item() == pytest.approx(0.3, abs=0.05)
+    assert optimizer.mean_rho().item() == pytest.approx(rhos.pop(), rel=1e-5)
+
+
+def test_the_first_threshold_by_hand() -> None:
+    param = torch.nn.Parameter(torch.zeros(5))
+    optimizer = Sophia(
+        [param], lr=1.0, betas=(0.5, 0.75), rho="auto", target_clip_fraction=0.25, eps=1e-3
+    )
+    hessian = torch.tensor([4.0, 4.0, 4.0, 0.0, 8.0])
+    param.grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 8.0])
+    optimizer.update_hessian({param: hessian})
+    optimizer.step()
+    # h is a quarter of the estimate, m half the gradient; the coordinate that rests does not count.
+    ratios = torch.tensor([0.5, 1.0, 1.5, 2.0])
+    rho = ratios.quantile(0.75)
+    torch.testing.assert_close(optimizer.state[param]["rho"], rho)
+    expected = torch.tensor([0.5, -1.0, 1.5, 0.0, 2.0]).clamp(-rho, rho) / rho
+    torch.testing.assert_close(param.detach(), -expected)
+
+
+def test_thresholds_are_averaged_in_the_logarithm() -> None:
+    old, new = torch.tensor([0.0, 1.0, 4.0, 0.0]), torch.tensor([3.0, 0.0, 1.0, 0.0])
+    torch.testing.assert_close(smoothed(old, new), torch.tensor([3.0, 1.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize("size", [1, 7, SAMPLE_SIZE, SAMPLE_SIZE + 1, 64 * 1024, 50257 * 768])
+def test_the_sample_is_spread_evenly_and_falls_into_no_columns(size) -> None:
+    indices = sample_indices(size)
+    assert torch.equal(indices, sample_indices(size))
+    assert len(indices) == min(size, SAMPLE_SIZE)
+    # In a tensor hardly larger than the sample some coordinates stand for their neighbours too.
+    assert len(indices.unique()) > 0.85 * len(indices)
+    assert size > SAMPLE_SIZE or len(indices.unique()) == size
+    assert indices.min() >= 0
+    assert indices.max() < size
+    if size >= 64 * 1024:
+        # Golden-ratio points leave no gap larger than 2.62 / n.
+        assert indices.diff().max() <= 2.7 * size / SAMPLE_SIZE
+        columns = (indices % 64).bincount(minlength=64)
+        assert columns.min() > 0
+
+
+def test_what_never_moves_or_has_no_curvature_does_no_harm() -> None:
+    frozen, flat = torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(10))
+    optimizer = Sophia([frozen, flat], lr=0.5, rho="auto", k=1)
+    for _ in range(3):
+        frozen.grad, flat.grad = torch.zeros(10), torch.ones(10)
+        optimizer.update_hessian({frozen: torch.zeros(10), flat: torch.zeros(10)})
+        optimizer.step()
+    assert torch.equal(frozen.detach(), torch.ones(10))
+    torch.testing.assert_close(flat.detach(), torch.full((10,), -0.5))
+
+
+@pytest.mark.filterwarnings("ignore:Sophia steps without")
+def test_before_the_first_refresh_it_takes_sign_steps() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Sophia([param], lr=0.5, rho="auto")
+    param.grad = torch.tensor([2.0, -1e-3, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.tensor([-0.5, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("cut", [6, 10])
+def test_a_loaded_state_goes_on_exactly(cut) -> None:
+    options = {
+        "lr": 1e-2, "rho": "auto", "target_clip_fraction": 0.2, "k": 5, "nesterov": True,
+        "bias_correction": True,
+    }  # fmt: skip
+    params, generator = problem()
+    optimizer = Sophia(params, **options)
+    take_steps(optimizer, params, generator, cut)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = Sophia(others, **options)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    copied = copy.deepcopy(generator.get_state())
+    take_steps(optimizer, params, generator, 9)
+    generator.set_state(copied)
+    take_steps(resumed, others, generator, 9)
+    for one, other in zip(params, others, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(optimizer.state[one]["rho"], resumed.state[other]["rho"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.3, "auto"), ("auto", 0.3)])
+def test_a_state_of_the_other_kind_of_rho_loads(before, after) -> None:
+    params, generator = problem()
+    optimizer = Sophia(params, lr=1e-2, rho=before, k=2)
+    take_steps(optimizer, params, generator, 3)
+    resumed = Sophia(params, lr=1e-2, rho=after, k=2)
+    for _ in range(2):
+        resumed.load_state_dict(optimizer.state_dict())
+        for group in resumed.param_groups:
+            group["rho"] = after
+        take_steps(resumed, params, generator, 3)
+        optimizer = resumed
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_nesterov_and_bias_correction_by_hand() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(20, dtype=torch.float64)
+    param = torch.nn.Parameter(start.clone())
+    optimizer = Sophia(
+        [param], lr=0.1, betas=(0.9, 0.8), rho=2.0, k=2, nesterov=True, bias_correction=True
+    )
+    theta, m, h = start.clone(), torch.zeros(20).double(), torch.zeros(20).double()
+    refreshes = 0
+    for t in range(1, 7):
+        g, estimate = torch.randn(20).double(), torch.rand(20).double()
+        param.grad = g
+        if optimizer.hessian_due:
+            optimizer.update_hessian({param: estimate})
+        optimizer.step()
+        if t % 2 == 1:
+            h, refreshes = 0.8 * h + 0.2 * estimate, refreshes + 1
+        m = 0.9 * m + 0.1 * g
+        ratio = (0.9 * m + 0.1 * g) / (h / (1 - 0.8**refreshes)).clamp(min=1e-12)
+        theta = theta - 0.1 / 2.0 * ratio.clamp(-2.0, 2.0)
+        torch.testing.assert_close(param.detach(), theta)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": "automatic"}, "rho must be a number > 0 or 'auto', got 'automatic'"),
+        ({"target_clip_fraction": 0.0}, r"target_clip_fraction must lie in \(0, 1\), without 0"),
+        ({"target_clip_fraction": 1.0}, "target_clip_fraction must lie in"),
+        ({"rho_scope": "layer"}, "rho_scope must be one of 'tensor', 'group', got 'layer'"),
+    ],
+)
+def test_bad_options_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sophia([torch.nn.Parameter(torch.zeros(1))], **options)
