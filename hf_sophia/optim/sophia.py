@@ -445,11 +445,14 @@ class Sophia(BaseOptimizer):
             if group["rho"] != AUTO:
                 continue
             params = [param for param, owner in pairs if owner is group]
+            first = False
             for param in params:
                 state = self._state_of(param, group)
                 if "rho" not in state:
                     state["rho"] = torch.zeros((), device=local(param).device)
-            if group["refreshed_step"] == self._current_step:
+                    # A run that had a number until now does not wait for the next refresh.
+                    first = group["hessian_weight"] > 0.0
+            if first or group["refreshed_step"] == self._current_step:
                 by_device: dict[torch.device, list[torch.Tensor]] = {}
                 for param in params:
                     by_device.setdefault(local(param).device, []).append(param)

@@ -8,6 +8,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sophia.trainer.options import OPTION_TABLES, constructor_options, parse_optim_args
 
+from .runs import run, sophia_of
+
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
@@ -43,7 +45,7 @@ def test_options_are_typed(name, text, expected) -> None:
         ("sophia", "=1", "'=1' is not of the form"),
         ("sophia", "gamma=1", "unknown option 'gamma'"),
         ("sophia", "rho=0.1,rho=0.2", "'rho' is given twice"),
-        ("sophia", "rho=big", "rho must be a number, got 'big'"),
+        ("sophia", "rho=big", "rho must be a number or 'auto', got 'big'"),
         ("sophia", "k=2.5", "k must be an integer, got '2.5'"),
         ("sophia", "amsgrad=true", "unknown option 'amsgrad'"),
         ("sophia", "lr=1", "unknown option 'lr'; use --learning_rate"),
@@ -126,3 +128,34 @@ def test_the_trainer_builds_the_optimizer_that_was_asked_for(name, tiny_gpt2, tm
         assert group["betas"] == (0.8, {"sophia": 0.95}.get(name, 0.999))
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() < 2 for p in rest["params"])
+
+
+def test_rho_may_be_auto(tiny_gpt2, tmp_path) -> None:
+    """Every option of it reaches the optimizer, and its logs the share that was asked for."""
+    given = "rho=auto,target_clip_fraction=0.3,rho_scope=group,nesterov=true,bias_correction=1,k=2"
+    trainer = run(tiny_gpt2(), tmp_path, optim_args=given, max_steps=20, learning_rate=1e-3)
+    for group in sophia_of(trainer).param_groups:
+        assert (group["rho"], group["target_clip_fraction"]) == ("auto", 0.3)
+        assert (group["rho_scope"], group["nesterov"], group["bias_correction"]) == (
+            "group",
+            True,
+            True,
+        )
+    logs = trainer.state.log_history[-2]
+    assert logs["sophia/rho"] > 0
+    # m changes direction between refreshes, and the logs judge m without Nesterov's part.
+    assert 0.1 < logs["sophia/clip_fraction"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rho=often", "rho must be a number or 'auto', got 'often'"),
+        ("rho=auto,target_clip_fraction=1", r"target_clip_fraction must lie in \(0, 1\)"),
+        ("rho=auto,rho_scope=layer", "rho_scope must be one of 'tensor', 'group', got 'layer'"),
+        ("nesterov=maybe", "nesterov must be true or false"),
+    ],
+)
+def test_what_rho_auto_can_not_be(text, message, tiny_gpt2, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tiny_gpt2(), tmp_path, optim_args=text)

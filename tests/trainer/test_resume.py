@@ -12,8 +12,13 @@ from .runs import Recorder, arguments, dataset, run, sophia_of
 
 @pytest.mark.parametrize(
     "way",
-    ["", ",hessian_batch_fraction=0.5", ",hessian_computation_type=hutchinson"],
-    ids=["kept", "own", "hutchinson"],
+    [
+        "rho=0.2",
+        "rho=0.2,hessian_batch_fraction=0.5",
+        "rho=0.2,hessian_computation_type=hutchinson",
+        "rho=auto,target_clip_fraction=0.2,nesterov=true,bias_correction=true",
+    ],
+    ids=["kept", "own", "hutchinson", "auto"],
 )
 @pytest.mark.parametrize(("saved_at", "refreshed"), [(13, [14, 21]), (10, [11, 21]), (20, [21])])
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(
@@ -21,7 +26,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     # Dropout, accumulation, a schedule; a save between two refreshes, or right before one.
     options = {
-        "optim_args": f"rho=0.2,k=10{way}",
+        "optim_args": f"k=10,{way}",
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,
@@ -31,7 +36,8 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
     whole = run(tiny_gpt2(resid_pdrop=0.1), tmp_path / "run", **options)
     checkpoint = tmp_path / "run" / f"checkpoint-{saved_at}"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    assert set(saved["state"][0]) == {"step", "exp_avg", "hessian"}
+    names = {"step", "exp_avg", "hessian"} | ({"rho"} if "auto" in way else set())
+    assert set(saved["state"][0]) == names
 
     recorder = Recorder()
     resumed = SophiaTrainer(
@@ -48,8 +54,27 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
         assert torch.equal(one, other)
         states = [sophia_of(t).state[p] for t, p in ((whole, one), (resumed, other))]
         assert states[0]["step"] == states[1]["step"] == 30
-        for name in ("exp_avg", "hessian"):
+        for name in names - {"step"}:
             assert torch.equal(states[0][name], states[1][name])
+
+
+@pytest.mark.parametrize(("before", "after"), [("0.2", "auto"), ("auto", "0.2")])
+def test_another_kind_of_rho_takes_over_on_resume(
+    before, after, tiny_gpt2, tmp_path, caplog
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    run(tiny_gpt2(), tmp_path, optim_args=f"k=3,rho={before}", **options)
+    for steps in (6, 8):
+        changed = {**options, "save_steps": 2, "optim_args": f"k=3,rho={after}", "max_steps": steps}
+        trainer = SophiaTrainer(
+            tiny_gpt2(), arguments(tmp_path, **changed), train_dataset=dataset()
+        )
+        with caplog.at_level(logging.WARNING, "hf_sophia"):
+            trainer.train(resume_from_checkpoint=True)
+    assert caplog.text.count(f"resuming with rho={after} in parameter group 0") == 1
+    assert next(iter(sophia_of(trainer).state.values()))["step"] == 8
+    logged = trainer.state.log_history[-2]["sophia/rho"]
+    assert (logged == pytest.approx(0.2)) == (after == "0.2")
 
 
 def test_options_asked_for_on_resume_take_effect_and_are_logged(
