@@ -80,20 +80,24 @@ def test_one_rho_for_the_group_counts_every_coordinate_alike() -> None:
     assert optimizer.mean_rho().item() == pytest.approx(rhos.pop(), rel=1e-5)
 
 
-def test_the_first_threshold_by_hand() -> None:
+@pytest.mark.parametrize(("corrected", "weight"), [(False, 0.25), (True, 1.0)])
+def test_the_first_threshold_by_hand(corrected, weight) -> None:
     param = torch.nn.Parameter(torch.zeros(5))
     optimizer = Sophia(
-        [param], lr=1.0, betas=(0.5, 0.75), rho="auto", target_clip_fraction=0.25, eps=1e-3
-    )
+        [param], lr=1.0, betas=(0.5, 0.75), rho="auto", target_clip_fraction=0.25, eps=1e-3,
+        bias_correction=corrected,
+    )  # fmt: skip
     hessian = torch.tensor([4.0, 4.0, 4.0, 0.0, 8.0])
     param.grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 8.0])
     optimizer.update_hessian({param: hessian})
     optimizer.step()
-    # h is a quarter of the estimate, m half the gradient; the coordinate that rests does not count.
-    ratios = torch.tensor([0.5, 1.0, 1.5, 2.0])
+    # h is a quarter of the estimate unless that is corrected, m half the gradient; the coordinate
+    # that rests does not count.
+    ratios = torch.tensor([0.125, 0.25, 0.375, 0.5]) / weight
     rho = ratios.quantile(0.75)
     torch.testing.assert_close(optimizer.state[param]["rho"], rho)
-    expected = torch.tensor([0.5, -1.0, 1.5, 0.0, 2.0]).clamp(-rho, rho) / rho
+    signed = torch.tensor([0.125, -0.25, 0.375, 0.0, 0.5]) / weight
+    expected = signed.clamp(-rho, rho) / rho
     torch.testing.assert_close(param.detach(), -expected)
 
 
