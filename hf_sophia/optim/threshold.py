@@ -17,6 +17,9 @@ from hf_sophia.optim.sharding import local
 #: Coordinates looked at for each tensor; their 50 % quantile is within 3 % of rank, two sigma.
 SAMPLE_SIZE = 1024
 
+#: Tensors whose quantiles are found in one call.
+ROWS_AT_ONCE = 4096
+
 #: How much of the old logarithm a refresh keeps.
 SMOOTHING = 0.5
 
@@ -116,7 +119,9 @@ def clipping_quantiles(
     # Coordinates that do not move, of rows of an embedding that no batch had for instance, are 0.
     moving = table > 0.0
     if not together:
-        quantiles = table.where(moving, torch.nan).nanquantile(1.0 - target, dim=1)
+        # In parts: torch's quantile takes 2^24 elements at most.
+        parts = table.where(moving, torch.nan).split(ROWS_AT_ONCE)
+        quantiles = torch.cat([part.nanquantile(1.0 - target, dim=1) for part in parts])
         return quantiles.nan_to_num(0.0)
     each = [param.numel() / sample.size for param, sample in zip(params, samples, strict=True)]
     weight = torch.tensor(each, device=table.device)[:, None].where(moving, 0.0).reshape(-1)

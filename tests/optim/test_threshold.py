@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_sophia import Sophia
+from hf_sophia.optim import threshold
 from hf_sophia.optim.threshold import SAMPLE_SIZE, sample_indices, smoothed
 
 
@@ -222,3 +223,14 @@ def test_nesterov_and_bias_correction_by_hand() -> None:
 def test_bad_options_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         Sophia([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def test_quantiles_are_found_in_parts(monkeypatch) -> None:
+    runs = []
+    for rows in (threshold.ROWS_AT_ONCE, 1):
+        monkeypatch.setattr(threshold, "ROWS_AT_ONCE", rows)
+        params, generator = problem()
+        optimizer = Sophia(params, lr=1e-2, rho="auto", k=3)
+        take_steps(optimizer, params, generator, 7)
+        runs.append([optimizer.state[p]["rho"] for p in params])
+    assert torch.equal(*map(torch.stack, runs))
