@@ -2,11 +2,12 @@
 
 import atexit
 import ipaddress
+import logging
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Read when the libraries are imported: a cache of the tests' own, and no look at the Hub.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_sophia_tests_")
@@ -48,6 +49,15 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def log_level_of_our_own() -> Iterator[None]:
+    """Undo what a recipe run inside of a test does to the log level, or later tests see more."""
+    logger = logging.getLogger("hf_sophia")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
