@@ -27,7 +27,7 @@ from common.models import (
     make_gpt2,
 )
 from common.pairs import PairArguments, load_pairs
-from common.runs import language_model_headline, report, start, train_and_save
+from common.runs import Run, carry_out, language_model_headline, start
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -81,6 +81,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
+    return carry_out(prepare(argv))
+
+
+def prepare(argv: Sequence[str] | None = None) -> Run:
+    """Load the data and make the model and its Trainer.
+
+    Args:
+        argv: The command line without the program's name; None: the process's own.
+
+    Returns:
+        The run, not begun yet.
+    """
     model_args, lora_args, data_args, args, resume = start(ARGUMENTS, argv, CONFIG)
     with one_line_errors():
         corpus = load_pairs(data_args, args.seed)
@@ -107,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         **LanguageModelEvaluation(tokenizer).hooks(),
     )
-    metrics, picture = train_and_save(trainer, resume, corpus, "completions")
-    report(language_model_headline(metrics), args.output_dir, picture)
-    return metrics
+    return Run(trainer, resume, corpus, "completions", language_model_headline)
 
 
 class PromptEncoder:

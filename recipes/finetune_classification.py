@@ -29,7 +29,7 @@ from common.models import (
     load_tokenizer,
     vocabulary,
 )
-from common.runs import report, start, train_and_save
+from common.runs import Run, carry_out, start
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -75,6 +75,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
+    return carry_out(prepare(argv))
+
+
+def prepare(argv: Sequence[str] | None = None) -> Run:
+    """Load the data and make the model and its Trainer.
+
+    Args:
+        argv: The command line without the program's name; None: the process's own.
+
+    Returns:
+        The run, not begun yet.
+    """
     model_args, data_args, args, resume = start(ARGUMENTS, argv, CONFIG)
     length = data_args.max_length
     with one_line_errors():
@@ -112,9 +124,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=labels.compute_metrics,
     )
-    metrics, picture = train_and_save(trainer, resume, corpus, str(labels), labels.unit)
-    report(labels.headline(metrics, rows), args.output_dir, picture)
-    return metrics
+    return Run(
+        trainer,
+        resume,
+        corpus,
+        str(labels),
+        lambda metrics: labels.headline(metrics, rows),
+        labels.unit,
+    )
 
 
 def make_modern_bert(

@@ -25,7 +25,7 @@ from common.models import (
     vocabulary,
 )
 from common.pairs import PairArguments, load_pairs
-from common.runs import report, start, train_and_save
+from common.runs import Run, carry_out, start
 from common.tokenization import END_OF_TEXT
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -53,6 +53,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     Returns:
         The evaluation's metrics.
+    """
+    return carry_out(prepare(argv))
+
+
+def prepare(argv: Sequence[str] | None = None) -> Run:
+    """Load the data and make the model and its Trainer.
+
+    Args:
+        argv: The command line without the program's name; None: the process's own.
+
+    Returns:
+        The run, not begun yet.
     """
     model_args, data_args, args, resume = start(ARGUMENTS, argv, CONFIG)
     with one_line_errors():
@@ -90,12 +102,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=GeneratedText(tokenizer) if args.predict_with_generate else None,
     )
-    metrics, picture = train_and_save(trainer, resume, corpus, "sequence to sequence")
-    headline = f"evaluation loss {metrics['eval_loss']:.4f} nats per token"
-    if args.predict_with_generate:
-        headline += f" (word F1 {metrics['eval_f1']:.3f}, {metrics['eval_exact_match']:.1%} exact)"
-    report(headline, args.output_dir, picture)
-    return metrics
+    return Run(trainer, resume, corpus, "sequence to sequence", headline)
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """Say in a line what the evaluation gave."""
+    words = f"evaluation loss {metrics['eval_loss']:.4f} nats per token"
+    if "eval_f1" in metrics:
+        words += f" (word F1 {metrics['eval_f1']:.3f}, {metrics['eval_exact_match']:.1%} exact)"
+    return words
 
 
 def make_t5(

@@ -19,7 +19,7 @@ from common.arguments import one_line_errors, without_secrets
 from common.corpus import CorpusArguments, load_corpus
 from common.evaluation import LanguageModelEvaluation
 from common.models import ShapeArguments, make_gpt2
-from common.runs import language_model_headline, report, start, train_and_save
+from common.runs import Run, carry_out, language_model_headline, start
 from common.tokenization import make_blocks, train_tokenizer
 from transformers import AutoTokenizer, TrainingArguments, default_data_collator
 
@@ -57,6 +57,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
+    run = prepare(argv)
+    metrics = carry_out(run)
+    command = next_command(run.trainer.args, sys.argv[1:] if argv is None else argv)
+    print(f"try next      {command}")
+    return metrics
+
+
+def prepare(argv: Sequence[str] | None = None) -> Run:
+    """Load the data and make the model and its Trainer.
+
+    Args:
+        argv: The command line without the program's name; None: the process's own.
+
+    Returns:
+        The run, not begun yet.
+    """
     model_args, corpus_args, args, resume = start(ARGUMENTS, argv, CONFIG)
     with one_line_errors():
         corpus = load_corpus(corpus_args)
@@ -87,10 +103,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         **evaluation.hooks(),
     )
     title = f"GPT-2, {model.num_parameters() / 1e6:.1f}M parameters"
-    metrics, picture = train_and_save(trainer, resume, corpus, title)
-    report(language_model_headline(metrics), args.output_dir, picture)
-    print(f"try next      {next_command(args, sys.argv[1:] if argv is None else argv)}")
-    return metrics
+    return Run(trainer, resume, corpus, title, language_model_headline)
 
 
 def next_command(args: TrainingArguments, argv: Sequence[str]) -> str:

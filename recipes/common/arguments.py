@@ -91,22 +91,42 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> list[str]:
-    """Return the file's values as command-line options, so that both are checked alike."""
-    if not config.is_file():
-        parser.error(f"--config {config}: no such file")
+def read_yaml(path: Path, loader: type = _Loader) -> dict[str, Any]:
+    """Read the `name: value` lines of a YAML file.
+
+    Args:
+        path: The file.
+        loader: Reads values; `yaml.BaseLoader` leaves them as they are written.
+
+    Returns:
+        The values by name; none for an empty file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not YAML, or holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
-        text = config.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_Loader) or {}
-        # As written: YAML itself would read `no` as False.
-        written = yaml.load(text, Loader=yaml.BaseLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # Not the error itself: it quotes the line, which may hold a token.
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}: {error.problem}" if mark else ""
-        parser.error(f"--config {config}: not YAML{place}")
+        raise ValueError(f"{path}: not YAML{place}") from None
     if not isinstance(values, dict):
-        parser.error(f"--config {config}: wanted 'option: value' lines, got {values!r}")
+        raise ValueError(f"{path}: wanted 'option: value' lines, got {values!r}")
+    return values
+
+
+def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> list[str]:
+    """Return the file's values as command-line options, so that both are checked alike."""
+    try:
+        values = read_yaml(config)
+        # As written: YAML itself would read `no` as False.
+        written = read_yaml(config, yaml.BaseLoader)
+    except (ValueError, OSError) as error:
+        parser.error(f"--config {error}")
     if unknown := sorted(map(str, values.keys() - known)):
         parser.error(f"--config {config}: unknown options {', '.join(unknown)}")
     options = []

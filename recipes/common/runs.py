@@ -3,7 +3,8 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,27 @@ from transformers.trainer_utils import get_last_checkpoint
 from common.arguments import one_line_errors, parse_arguments
 from common.data import Corpus
 from common.plots import plot_losses
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that has not begun.
+
+    Args:
+        trainer: Ready to train.
+        resume: The checkpoint to go on from, or None.
+        corpus: Where the data came from.
+        title: Stands above the loss curve, before the optimizer's and the corpus's names.
+        headline: Says in a line what an evaluation's metrics mean.
+        unit: What the loss is measured in.
+    """
+
+    trainer: Trainer
+    resume: str | None
+    corpus: Corpus
+    title: str
+    headline: Callable[[dict[str, float]], str]
+    unit: str = "nats per token"
 
 
 def start(types: Sequence[type], argv: Sequence[str] | None, config: Path) -> tuple[Any, ...]:
@@ -72,31 +94,22 @@ def checkpoint_of(args: TrainingArguments) -> str | None:
     return wanted
 
 
-def train_and_save(
-    trainer: Trainer,
-    resume: str | None,
-    corpus: Corpus,
-    title: str,
-    unit: str = "nats per token",
-) -> tuple[dict[str, float], Path | None]:
-    """Train, evaluate, and write the model, the run's state, the corpus's record and loss curve.
+def carry_out(run: Run) -> dict[str, float]:
+    """Train, evaluate, write model, state, the corpus's record and loss curve, and report.
 
     Args:
-        trainer: Ready to train.
-        resume: The checkpoint to go on from, or None.
-        corpus: Where the data came from.
-        title: Stands above the loss curve, before the optimizer's and the corpus's names.
-        unit: What the loss is measured in.
+        run: The run.
 
     Returns:
-        The evaluation's metrics, and the loss curve's path or None where matplotlib is missing.
+        The evaluation's metrics.
 
     Raises:
         SystemExit: The optimizer's options are wrong.
     """
+    trainer, corpus = run.trainer, run.corpus
     with one_line_errors():
         trainer.create_optimizer()  # its options are checked here
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=run.resume)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
@@ -106,17 +119,13 @@ def train_and_save(
     picture = plot_losses(
         trainer.state.log_history,
         output / "loss.png",
-        f"{title}, {trainer.args.optim.value}, {corpus.name}",
-        unit,
+        f"{run.title}, {trainer.args.optim.value}, {corpus.name}",
+        run.unit,
     )
-    return metrics, picture
-
-
-def report(headline: str, output: str | Path, picture: Path | None) -> None:
-    """Print what came out and where it lies."""
-    print(f"\n{headline}")
-    print(f"model         {output}")
+    print(f"\n{run.headline(metrics)}")
+    print(f"model         {trainer.args.output_dir}")
     print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
+    return metrics
 
 
 def language_model_headline(metrics: dict[str, float]) -> str:

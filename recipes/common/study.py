@@ -1,0 +1,181 @@
+"""What a comparison of optimizers consists of: read from YAML, checked, turned into trials."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from common.arguments import read_yaml
+
+#: Learning rates that each optimizer is tried with, at least.
+MIN_LEARNING_RATES = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run: everything that its result depends on.
+
+    Args:
+        recipe: The recipe's module, such as `pretrain_gpt2`.
+        arguments: Its command line's options, learning rate and seed among them.
+        optim: A name that `--optim` takes, or one of `rivals.RIVALS`.
+        optim_args: The optimizer's own options.
+        validation_rows: Rows to evaluate on, spread evenly over the validation split; None: all.
+    """
+
+    recipe: str
+    arguments: Mapping[str, Any]
+    optim: str
+    optim_args: Mapping[str, Any]
+    validation_rows: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it from other trials, the same in every run."""
+        return json.dumps(vars(self), sort_keys=True)
+
+    def changed(
+        self,
+        arguments: Mapping[str, Any] | None = None,
+        optim_args: Mapping[str, Any] | None = None,
+    ) -> "Trial":
+        """Return a trial with some options replaced or added; None takes an option away."""
+        return Trial(
+            self.recipe,
+            _merged(self.arguments, arguments or {}),
+            self.optim,
+            _merged(self.optim_args, optim_args or {}),
+            self.validation_rows,
+        )
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**old, **new}.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer with what may be tuned.
+
+    Args:
+        base: The trial that all others change, without learning rate and seed.
+        learning_rates: To try, ascending.
+        variants: Changes to try at the best learning rate, each as `Trial.changed` takes them.
+    """
+
+    base: Trial
+    learning_rates: tuple[float, ...]
+    variants: tuple[Mapping[str, Any], ...]
+
+    def at(self, learning_rate: float, seed: int) -> Trial:
+        """Return the trial of the base with a learning rate and a seed."""
+        return self.base.changed({"learning_rate": learning_rate, "seed": seed})
+
+
+@dataclass(frozen=True)
+class Study:
+    """A setting, the optimizers to compare in it, and what to change of the one of interest.
+
+    Args:
+        candidates: By name.
+        reference: The candidate that the others are measured by.
+        seeds: The first is tuned on; the best of each candidate runs with all of them.
+        subject: The candidate that ablations change.
+        ablations: Changes of the tuned subject, by name.
+    """
+
+    candidates: Mapping[str, Candidate]
+    reference: str
+    seeds: tuple[int, ...]
+    subject: str | None = None
+    ablations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def only(self, names: Collection[str] | None) -> "Study":
+        """Return the study of some candidates and the reference alone; None: of all.
+
+        Raises:
+            ValueError: A name is not a candidate's.
+        """
+        if names is None:
+            return self
+        if unknown := sorted(set(names) - self.candidates.keys()):
+            raise ValueError(f"{', '.join(unknown)} not among {', '.join(self.candidates)}")
+        kept = {n: c for n, c in self.candidates.items() if n in names or n == self.reference}
+        ablations = self.ablations if self.subject in kept else {}
+        return replace(self, candidates=kept, ablations=ablations)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study.
+
+    Args:
+        path: A YAML file; `configs/compare_*.yaml` are examples.
+
+    Returns:
+        The study.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Something in it is missing, unknown or not comparable; the message says what.
+    """
+    values = read_yaml(path)
+    _check_names(
+        path,
+        values,
+        {"recipe", "arguments", "seeds", "reference", "optimizers"},
+        {"subject", "ablations", "validation_rows"},
+    )
+    candidates = {}
+    for name, options in values["optimizers"].items():
+        where = f"{path}: optimizers.{name}"
+        _check_names(
+            where, options, {"optim", "learning_rate"}, {"optim_args", "arguments", "variants"}
+        )
+        rates = options["learning_rate"]
+        if sorted(set(rates)) != rates or len(rates) < MIN_LEARNING_RATES:
+            raise ValueError(
+                f"{where}: learning_rate must hold at least {MIN_LEARNING_RATES} values in"
+                f" ascending order, got {rates}"
+            )
+        variants = options.get("variants", [])
+        for variant in variants:
+            _check_names(f"{where}.variants", variant, set(), {"optim_args", "arguments"})
+        base = Trial(
+            values["recipe"],
+            {**values["arguments"], **options.get("arguments", {})},
+            options["optim"],
+            options.get("optim_args", {}),
+            values.get("validation_rows"),
+        )
+        candidates[name] = Candidate(base, tuple(rates), tuple(variants))
+    budgets = {name: len(c.learning_rates) + len(c.variants) for name, c in candidates.items()}
+    if len(set(budgets.values())) > 1:
+        raise ValueError(
+            f"{path}: every optimizer needs the same tuning budget, learning rates and variants"
+            f" together, got {budgets}"
+        )
+    for name in ("reference", "subject"):
+        if values.get(name) not in {*candidates, None}:
+            raise ValueError(f"{path}: {name} {values[name]!r} is not among {sorted(candidates)}")
+    ablations = values.get("ablations", {})
+    if ablations and not values.get("subject"):
+        raise ValueError(f"{path}: ablations need a subject, the optimizer that they change")
+    for name, change in ablations.items():
+        _check_names(f"{path}: ablations.{name}", change, set(), {"optim_args", "arguments"})
+    if not values["seeds"] or len(set(values["seeds"])) < len(values["seeds"]):
+        raise ValueError(f"{path}: seeds must be different numbers, got {values['seeds']}")
+    return Study(
+        candidates, values["reference"], tuple(values["seeds"]), values.get("subject"), ablations
+    )
+
+
+def _check_names(where: object, values: Any, needed: set[str], optional: set[str]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: wanted 'name: value' lines, got {values!r}")
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    if unknown := sorted(values.keys() - needed - optional):
+        raise ValueError(
+            f"{where}: unknown {', '.join(unknown)}; known: {', '.join(sorted(needed | optional))}"
+        )

@@ -1,0 +1,204 @@
+"""Run trials, some at a time, and keep their records so that nothing is run twice."""
+
+import importlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from common.rivals import RIVALS
+from common.study import Trial
+
+#: What every trial's command line has, since only its evaluations are wanted.
+_QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a trial gave.
+
+    Args:
+        trial: The trial's fields.
+        evaluations: Steps and validation losses.
+        steps: Steps taken.
+        seconds: Wall-clock time of training without its evaluations.
+        failure: The error that ended it, or None.
+        environment: What times and, a little, losses depend on.
+    """
+
+    trial: Mapping[str, Any]
+    evaluations: tuple[tuple[int, float], ...]
+    steps: int
+    seconds: float
+    failure: str | None
+    environment: Mapping[str, Any]
+
+    @property
+    def best(self) -> float:
+        """The lowest validation loss; infinite where the run failed or diverged."""
+        losses = [loss for _, loss in self.evaluations if loss == loss]
+        return float("inf") if self.failure or not losses else min(losses)
+
+    def steps_to(self, loss: float) -> float | None:
+        """Return the steps to a validation loss, linear between evaluations; None: never."""
+        before = None
+        for step, reached in () if self.failure else self.evaluations:
+            if reached <= loss:
+                if before is None or before[1] == reached:
+                    return float(step)
+                share = (before[1] - loss) / (before[1] - reached)
+                return before[0] + share * (step - before[0])
+            before = (step, reached)
+        return None
+
+
+class Records:
+    """The records of trials in a file, which is whole at any moment.
+
+    Args:
+        path: The JSON file; made with the first record.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._records: dict[str, Record] = {}
+        if path.exists():
+            try:
+                rows = json.loads(path.read_text(encoding="utf-8"))["records"]
+                records = [
+                    Record(**{**row, "evaluations": tuple(map(tuple, row["evaluations"]))})
+                    for row in rows
+                ]
+                self._records = {Trial(**record.trial).key: record for record in records}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} holds no records of trials ({error}): choose another --output"
+                ) from error
+
+    def __getitem__(self, trial: Trial) -> Record:
+        return self._records[trial.key]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def missing(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Return the trials that have no record yet, each once."""
+        unique = {trial.key: trial for trial in trials}
+        return [trial for key, trial in unique.items() if key not in self._records]
+
+    def add(self, record: Record) -> None:
+        """Add a record and write them all."""
+        self._records[Trial(**record.trial).key] = record
+        lines = ",\n".join(json.dumps(asdict(r)) for r in self._records.values())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".new")
+        new.write_text(f'{{"records": [\n{lines}\n]}}\n', encoding="utf-8")
+        os.replace(new, self._path)
+
+
+def run_trials(records: Records, trials: Iterable[Trial], processes: int) -> None:
+    """Run the trials that have no record, and print a line for each as it ends.
+
+    Args:
+        records: Where records are kept.
+        trials: To run.
+        processes: How many run at a time, each on an equal share of the cores.
+    """
+    missing = records.missing(trials)
+    if not missing:
+        return
+    threads = max((os.cpu_count() or 1) // processes, 1)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,))
+    with pool:
+        running = [pool.submit(run_trial, trial) for trial in missing]
+        try:
+            for count, future in enumerate(as_completed(running), start=1):
+                record = future.result()
+                records.add(record)
+                print(f"{count:3d}/{len(missing)}  {describe(record)}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def describe(record: Record) -> str:
+    """Say in a line what a trial was and what it gave."""
+    arguments, options = record.trial["arguments"], record.trial["optim_args"]
+    given = ",".join(f"{name}={value}" for name, value in options.items())
+    outcome = record.failure or f"loss {record.best:.4f}"
+    return (
+        f"{record.trial['optim']} lr {arguments['learning_rate']:g} seed {arguments['seed']}"
+        f" {given}: {outcome} ({record.seconds:.0f} s)"
+    )
+
+
+def run_trial(trial: Trial) -> Record:
+    """Train as the recipe does, with evaluations and without checkpoints.
+
+    Args:
+        trial: The trial.
+
+    Returns:
+        Its record. An error of the optimizer or the model, such as NaN, is a failed trial.
+
+    Raises:
+        SystemExit: The recipe does not accept the trial's options.
+    """
+    rival = RIVALS.get(trial.optim)
+    named = {} if rival else {"optim": trial.optim, "optim_args": _joined(trial.optim_args)}
+    with tempfile.TemporaryDirectory() as folder:
+        # Of the rival's own options none is the command line's.
+        options = {"optim": "adamw_torch", "optim_args": ""} | {**trial.arguments, **named}
+        options |= _QUIET | {"output_dir": folder}
+        argv = [f"--{name}={value}" for name, value in options.items()]
+        failure = None
+        log = Path(folder) / "log.txt"
+        with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            trainer = importlib.import_module(trial.recipe).prepare(argv).trainer
+            if trial.validation_rows:
+                rows = trainer.eval_dataset
+                every = max(len(rows) // trial.validation_rows, 1)
+                trainer.eval_dataset = rows.select(range(0, len(rows), every))
+            if rival:
+                kind, own = rival(trainer.model, dict(trial.optim_args))
+                rate = trainer.args.learning_rate
+                trainer.optimizer_cls_and_kwargs = (kind, {"lr": rate, **own})
+            try:
+                trainer.train()
+            except (ValueError, RuntimeError) as error:
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    history = trainer.state.log_history
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    whole = next((e["train_runtime"] for e in history if "train_runtime" in e), 0.0)
+    return Record(
+        asdict(trial),
+        tuple((entry["step"], entry["eval_loss"]) for entry in evaluations),
+        trainer.state.global_step,
+        whole - sum(entry["eval_runtime"] for entry in evaluations),
+        failure,
+        {
+            "device": str(trainer.args.device),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _joined(options: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in options.items())

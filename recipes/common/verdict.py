@@ -1,0 +1,149 @@
+"""What the records of a study say: a table and a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from common.study import Trial
+from common.trials import Record
+
+
+@dataclass(frozen=True)
+class Line:
+    """A candidate's or an ablation's runs, one for each seed.
+
+    Args:
+        name: What to call it.
+        trial: The trial of the first seed.
+        records: Of all seeds, in their order.
+    """
+
+    name: str
+    trial: Trial
+    records: Sequence[Record]
+
+    @property
+    def losses(self) -> list[float]:
+        """The best validation loss with each seed."""
+        return [record.best for record in self.records]
+
+
+def table(lines: Sequence[Line], reference: Line) -> str:
+    """Make a Markdown table, the lowest loss first.
+
+    Steps and wall-clock are those to the reference's best loss of the same seed, over what the
+    reference takes to it. Wall-clock counts steps by the line's mean seconds per step.
+
+    Args:
+        lines: What to compare.
+        reference: What to compare with, one of the lines.
+    """
+    rows = [
+        f"| optimizer | validation loss | minus {reference.name} | steps | wall-clock | s/step"
+        " | settings |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in sorted(lines, key=lambda line: mean(line.losses)):
+        ours, theirs = line.losses, reference.losses
+        gaps = [own - other for own, other in zip(ours, theirs, strict=True)]
+        rows.append(
+            f"| {line.name} | {_spread(ours)} | {_spread(gaps, sign=True)}"
+            f" | {_ratio(steps_ratios(line, reference))}"
+            f" | {_ratio(steps_ratios(line, reference, timed=True))}"
+            f" | {seconds_per_step(line):.3f} | {settings(line.trial)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def settings(trial: Trial) -> str:
+    """Say what a candidate's best trial was set to."""
+    own = {k: v for k, v in trial.arguments.items() if k in ("learning_rate", "weight_decay")}
+    own |= {k: v for k, v in trial.arguments.items() if k.startswith("adam_")}
+    return ", ".join(f"{name} {value}" for name, value in {**own, **trial.optim_args}.items())
+
+
+def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[float | None]:
+    """Return, for each seed, the steps to the reference's best loss over the reference's own.
+
+    Args:
+        line: What to compare.
+        reference: What to compare with.
+        timed: Return ratios of wall-clock instead.
+    """
+    pace = seconds_per_step(line) / seconds_per_step(reference) if timed else 1.0
+    ratios: list[float | None] = []
+    for own, other in zip(line.records, reference.records, strict=True):
+        steps = own.steps_to(other.best)
+        wanted = other.steps_to(other.best)
+        ratios.append(None if steps is None or wanted is None else pace * steps / wanted)
+    return ratios
+
+
+def seconds_per_step(line: Line) -> float:
+    """Return the mean wall-clock time of a step, evaluations left out."""
+    return sum(r.seconds for r in line.records) / max(sum(r.steps for r in line.records), 1)
+
+
+def _spread(values: Sequence[float], *, sign: bool = False) -> str:
+    shown = f"{mean(values):+.3f}" if sign else f"{mean(values):.3f}"
+    return shown if len(values) < 2 else f"{shown} ± {stdev(values):.3f}"
+
+
+def _ratio(ratios: Sequence[float | None]) -> str:
+    reached = [ratio for ratio in ratios if ratio is not None]
+    if not reached:
+        return "never"
+    shown = f"{mean(reached):.2f}"
+    return shown if len(reached) == len(ratios) else f"{shown} ({len(reached)} of {len(ratios)})"
+
+
+def learning_rates(grids: Mapping[str, Sequence[tuple[float, Record]]]) -> str:
+    """Make a Markdown list of what each learning rate gave, with the first seed."""
+    rows = []
+    for name, grid in grids.items():
+        points = ", ".join(f"{rate:g}: {record.best:.3f}" for rate, record in grid)
+        rows.append(f"- {name}: {points}")
+    return "\n".join(rows) + "\n"
+
+
+def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
+    """Draw the validation losses of every line over steps, the mean of its seeds.
+
+    Args:
+        lines: What to draw.
+        path: The PNG to write.
+        title: Stands above the picture.
+
+    Returns:
+        The path, or None where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5.0), layout="constrained")
+    for line in sorted(lines, key=lambda line: mean(line.losses)):
+        curves = [record.evaluations for record in line.records if not record.failure]
+        if curves:
+            steps = [step for step, _ in curves[0]]
+            means = [mean(loss for _, loss in point) for point in zip(*curves, strict=True)]
+            axes.plot(steps, means, label=f"{line.name}: {mean(line.losses):.3f}", linewidth=1.3)
+    # The first evaluations would squeeze the rest, where the curves part.
+    finite = [r.evaluations for line in lines for r in line.records if r.best < float("inf")]
+    if finite:
+        axes.set_ylim(
+            min(record.best for line in lines for record in line.records) - 0.05,
+            max(evaluations[len(evaluations) // 3][1] for evaluations in finite),
+        )
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("validation loss (nats)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

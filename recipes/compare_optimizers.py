@@ -1,0 +1,151 @@
+"""Compare optimizers on a recipe: the same data, order, initialisation, schedule and budget.
+
+    python recipes/compare_optimizers.py recipes/configs/compare_gpt2_1m.yaml --processes 2
+    python recipes/compare_optimizers.py my_study.yaml --output runs/my_study
+
+Each optimizer is tried with every learning rate of its grid, then with its variants at the best of
+these, and the best of all runs with every seed. Where the best learning rate lies at an edge of a
+grid nothing is compared: the grid has to move first. Trials that have been run are not run again,
+so that a study that was stopped goes on, and a grid that moved costs its new points only.
+
+Writes `results.json` (every trial with its evaluations), `table.md` and `comparison.png`.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.arguments import one_line_errors
+from common.study import Candidate, Study, Trial, read_study
+from common.trials import Records, run_trials
+from common.verdict import Line, learning_rates, plot, table
+
+import hf_sophia
+
+
+def main(argv: Sequence[str] | None = None) -> list[Line]:
+    """Run what is missing of a study and write what it says.
+
+    Args:
+        argv: The command line without the program's name; None: the process's own.
+
+    Returns:
+        The candidates' lines.
+
+    Raises:
+        SystemExit: The study can't be read, or can't be compared.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("study", type=Path, help="YAML file that says what to compare")
+    parser.add_argument("--output", type=Path, help="Folder to write to; runs/<study> by default")
+    parser.add_argument("--processes", type=int, default=1, help="Trials at a time (default 1)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="Leave other optimizers out")
+    options = parser.parse_args(argv)
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
+    with one_line_errors():
+        study = read_study(options.study).only(options.only)
+        output = options.output or Path("runs") / options.study.stem
+        records = Records(output / "results.json")
+
+    winners = tune(study, records, options.processes)
+    lines = run_seeds(study, records, winners, options.processes)
+    arguments = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "recipes/compare_optimizers.py", *arguments])
+    write(study, records, lines, output, f"# {options.study.stem}\n\n`{command}`")
+    return lines
+
+
+def tune(study: Study, records: Records, processes: int) -> dict[str, Trial]:
+    """Try learning rates, then variants at the best of them; return each candidate's best trial.
+
+    Args:
+        study: The study.
+        records: Of the trials run so far.
+        processes: Trials at a time.
+
+    Returns:
+        The best trial of each candidate, with the first seed.
+
+    Raises:
+        SystemExit: A best learning rate lies at the edge of its grid.
+    """
+    seed = study.seeds[0]
+    candidates = study.candidates
+    # Point by point through all candidates, so that what else the machine does falls on all alike.
+    grid = [c.at(rate, seed) for c in candidates.values() for rate in c.learning_rates]
+    run_trials(records, grid, processes)
+    best = {name: best_rate(c, records, seed) for name, c in candidates.items()}
+    at_edge = [
+        f"{name}: {rate:g} of {', '.join(f'{r:g}' for r in candidates[name].learning_rates)}"
+        for name, rate in best.items()
+        if rate in (candidates[name].learning_rates[0], candidates[name].learning_rates[-1])
+    ]
+    if at_edge:
+        raise SystemExit(
+            "error: nothing is compared, since the best learning rate lies at the edge of its grid."
+            f" Move the grids and run again ({'; '.join(at_edge)})"
+        )
+    tried = {
+        name: [c.at(best[name], seed), *(c.at(best[name], seed).changed(**v) for v in c.variants)]
+        for name, c in candidates.items()
+    }
+    run_trials(records, [trial for trials in tried.values() for trial in trials], processes)
+    return {name: min(trials, key=lambda t: records[t].best) for name, trials in tried.items()}
+
+
+def best_rate(candidate: Candidate, records: Records, seed: int) -> float:
+    """Return the learning rate with the lowest loss."""
+    return min(candidate.learning_rates, key=lambda rate: records[candidate.at(rate, seed)].best)
+
+
+def run_seeds(
+    study: Study, records: Records, winners: dict[str, Trial], processes: int
+) -> list[Line]:
+    """Run each candidate's best trial, and the subject's ablations, with every seed."""
+    named = dict(winners)
+    for name, change in study.ablations.items():
+        named[f"{study.subject}: {name}"] = winners[study.subject].changed(**change)
+    seeded = {
+        name: [trial.changed({"seed": seed}) for seed in study.seeds]
+        for name, trial in named.items()
+    }
+    # Seed by seed, so that a study that is stopped has some seeds of all.
+    run_trials(
+        records, [t for trials in zip(*seeded.values(), strict=True) for t in trials], processes
+    )
+    return [
+        Line(name, named[name], [records[trial] for trial in trials])
+        for name, trials in seeded.items()
+    ]
+
+
+def write(study: Study, records: Records, lines: list[Line], output: Path, heading: str) -> None:
+    """Write table and picture, and print where they lie."""
+    ours = [line for line in lines if line.name in study.candidates]
+    reference = next(line for line in ours if line.name == study.reference)
+    parts = [
+        f"{heading}, hf_sophia {hf_sophia.__version__}; {len(study.seeds)} seeds, mean ± standard"
+        " deviation.\n",
+        table(ours, reference),
+    ]
+    if study.ablations:
+        subject = next(line for line in ours if line.name == study.subject)
+        changed = [line for line in lines if line not in ours]
+        parts += ["## Ablations\n", table([subject, *changed], subject)]
+    seed = study.seeds[0]
+    grids = {
+        name: [(rate, records[c.at(rate, seed)]) for rate in c.learning_rates]
+        for name, c in study.candidates.items()
+    }
+    parts += [f"## Learning rates, seed {seed}\n", learning_rates(grids)]
+    (output / "table.md").write_text("\n".join(parts), encoding="utf-8")
+    picture = plot(ours, output / "comparison.png", output.name)
+    print("\n" + "\n".join(parts))
+    print(f"{len(records)} trials in {output}; {picture or 'no picture: pip install matplotlib'}")
+
+
+if __name__ == "__main__":
+    main()

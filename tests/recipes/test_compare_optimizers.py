@@ -1,0 +1,199 @@
+"""Comparing optimizers: what is refused, what is run, and what is said of it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import compare_optimizers
+import pytest
+import yaml
+from common.study import Trial, read_study
+from common.trials import Record, Records, run_trial
+from common.verdict import Line, steps_ratios, table
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    candidate = {"optim": "adamw_torch", "learning_rate": [1.0, 2.0, 4.0, 8.0]}
+    tuned = {**candidate, "variants": [{"arguments": {"adam_beta1": 0.8}}]}
+    ours = {**tuned, "optim": "sophia", "optim_args": {"rho": "auto"}}
+    ours["variants"] = [{"optim_args": {"k": 5}}]
+    values = {
+        "recipe": "pretrain_gpt2",
+        "arguments": {"max_steps": 4},
+        "seeds": [1, 2, 3],
+        "reference": "adamw",
+        "subject": "sophia",
+        "optimizers": {"adamw": tuned, "sophia": ours},
+        "ablations": {"k 1": {"optim_args": {"k": 1}}},
+    }
+    return {name: value for name, value in {**values, **changes}.items() if value is not None}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(study(**changes)))
+        return path
+
+    return write
+
+
+def record(trial: Trial, losses: list[float], seconds: float = 1.0, failure=None) -> Record:
+    evaluations = tuple((10 * (i + 1), loss) for i, loss in enumerate(losses))
+    return Record(asdict(trial), evaluations, 10 * len(losses), seconds, failure, {})
+
+
+@pytest.fixture
+def landscape(monkeypatch) -> list[Trial]:
+    """Replace training by a formula: the best rate is 2, k = 5 helps, and seeds differ a little."""
+    run: list[Trial] = []
+
+    def fake(records: Records, trials, processes: int) -> None:
+        for trial in records.missing(trials):
+            run.append(trial)
+            options = trial.arguments
+            loss = 3.0 + abs(options["learning_rate"] - 2.0) + 0.01 * options["seed"]
+            loss -= 0.5 * (trial.optim_args.get("k") == 5) + 0.1 * (trial.optim == "sophia")
+            records.add(record(trial, [9.0, loss]))
+
+    monkeypatch.setattr(compare_optimizers, "run_trials", fake)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": None}, "seeds missing"),
+        ({"seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"colour": 1}, "unknown colour"),
+        ({"reference": "sgd"}, "reference 'sgd' is not among"),
+        ({"subject": None}, "ablations need a subject"),
+        ({"ablations": {"k": {"k": 1}}}, "ablations.k: unknown k"),
+        ({"optimizers": {"adamw": [1]}}, "optimizers.adamw: wanted"),
+        (
+            {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 2, 3]}}},
+            "at least 4 values in ascending order",
+        ),
+        (
+            {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 3, 2, 4]}}},
+            "at least 4 values in ascending order",
+        ),
+    ],
+)
+def test_a_study_that_cant_be_compared_is_refused(changes, message, write, tmp_path) -> None:
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        compare_optimizers.main([str(write(**changes)), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_budgets_must_be_equal(write) -> None:
+    optimizers = study()["optimizers"]
+    optimizers["adamw"]["variants"] = []
+    with pytest.raises(ValueError, match=r"same tuning budget.*'adamw': 4, 'sophia': 5"):
+        read_study(write(optimizers=optimizers))
+
+
+def test_the_best_of_each_runs_with_every_seed_and_nothing_twice(
+    write, landscape, tmp_path, capsys
+) -> None:
+    argv = [str(write()), "--output", str(tmp_path / "out")]
+    lines = {line.name: line for line in compare_optimizers.main(argv)}
+    # 4 rates and a variant each; two more seeds each; an ablation with three.
+    assert len(landscape) == 2 * 5 + 2 * 2 + 3
+    assert len({trial.key for trial in landscape}) == len(landscape)
+    assert lines["sophia"].trial.optim_args == {"rho": "auto", "k": 5}
+    assert lines["sophia"].trial.arguments["learning_rate"] == 2.0
+    assert lines["adamw"].trial.arguments == {"max_steps": 4, "learning_rate": 2.0, "seed": 1}
+    assert lines["sophia"].losses == pytest.approx([2.41, 2.42, 2.43])
+    assert lines["sophia: k 1"].losses == pytest.approx([2.91, 2.92, 2.93])
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| sophia | 2.420 ± 0.010 | -0.600 ± 0.000 |" in text
+    assert "1: 4.010, 2: 3.010, 4: 5.010, 8: 9.000" in text
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5_000
+
+    compare_optimizers.main(argv)
+    assert len(landscape) == 17
+    # A grid that moves costs its new points.
+    optimizers = study()["optimizers"]
+    optimizers["adamw"]["learning_rate"] = [0.5, 1.0, 2.0, 4.0]
+    compare_optimizers.main([str(write(optimizers=optimizers)), *argv[1:]])
+    assert [trial.arguments["learning_rate"] for trial in landscape[17:]] == [0.5]
+
+
+@pytest.mark.parametrize("rates", [[2.0, 4.0, 8.0, 16.0], [0.25, 0.5, 1.0, 2.0]])
+def test_a_best_rate_at_the_edge_is_refused(rates, write, landscape, tmp_path) -> None:
+    optimizers = study()["optimizers"]
+    optimizers["sophia"]["learning_rate"] = rates
+    with pytest.raises(SystemExit, match=r"lies at the edge.*\(sophia: 2 of "):
+        compare_optimizers.main([str(write(optimizers=optimizers)), "--output", str(tmp_path)])
+    assert len(landscape) == 8
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_only_some_run_beside_the_reference(write, landscape, tmp_path) -> None:
+    argv = [str(write()), "--output", str(tmp_path / "out"), "--only"]
+    assert [line.name for line in compare_optimizers.main([*argv, "adamw"])] == ["adamw"]
+    assert {trial.optim for trial in landscape} == {"adamw_torch"}
+    with pytest.raises(SystemExit, match="sgd not among adamw, sophia"):
+        compare_optimizers.main([*argv, "sgd"])
+
+
+def test_steps_are_counted_between_evaluations_and_failures_never_win() -> None:
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
+    slow, fast = record(trial, [5.0, 4.0, 3.0, 2.0], 40.0), record(trial, [4.0, 1.0], 40.0)
+    assert slow.steps_to(2.0) == 40.0
+    assert fast.steps_to(2.0) == pytest.approx(10 + 10 * 2 / 3)
+    assert fast.steps_to(4.5) == 10.0
+    assert slow.steps_to(1.5) is None
+    failed = record(trial, [0.5], failure="ValueError: NaN")
+    assert failed.best == float("inf")
+    assert record(trial, [float("nan"), 2.5]).best == 2.5
+    reference, other = Line("a", trial, [slow]), Line("b", trial, [fast])
+    assert steps_ratios(other, reference) == [pytest.approx(50 / 3 / 40)]
+    assert steps_ratios(other, reference, timed=True) == [pytest.approx(2 * 50 / 3 / 40)]
+    rows = table([reference, other, Line("c", trial, [failed])], reference).splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["b", "a", "c"]
+    assert "| never | never |" in rows[-1]
+
+
+def test_records_survive_and_foreign_files_are_refused(tmp_path) -> None:
+    path = tmp_path / "results.json"
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {"betas": [0.9, 0.95]})
+    Records(path).add(record(trial, [5.0, 4.0]))
+    again = Records(path)
+    assert again.missing([trial, trial.changed({"seed": 2}), trial.changed({"seed": 2})]) == [
+        trial.changed({"seed": 2})
+    ]
+    assert again[trial] == record(trial, [5.0, 4.0])
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match="results.json holds no records of trials"):
+        Records(path)
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("sophia", {"rho": "auto", "k": 2}),
+        ("nadamw", {"betas": [0.9, 0.95]}),
+        ("muon_adamw", {}),
+        ("lion", {}),
+        ("second_moment_sophia", {"rho": "auto"}),
+    ],
+)
+def test_a_trial_trains_with_the_optimizer_it_names(
+    optim, optim_args, write_rows, options, caplog
+) -> None:
+    rows = write_rows([{"text": f"{i} and {i * i} make {i + i * i}."} for i in range(200)])
+    given = dict(option[2:].split("=", 1) for option in options(train_file=rows))
+    given |= {"learning_rate": 5e-3, "seed": 1, "eval_strategy": "steps", "block_size": 16}
+    trial = Trial("pretrain_gpt2", given, optim, optim_args, validation_rows=5)
+    result = run_trial(trial)
+    assert result.failure is None
+    assert [step for step, _ in result.evaluations] == [6, 12]
+    assert result.evaluations[-1][1] < result.evaluations[0][1] < 6.0
+    assert result.steps == 12
+    assert result.seconds > 0
+    assert run_trial(trial).evaluations == result.evaluations
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
