@@ -12,6 +12,7 @@ from hf_sophia.optim import Adam, RAdam, Sophia, WeightDecay
 from hf_sophia.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
+    from hf_sophia.trainer.diagnosis import diagnose
     from hf_sophia.trainer.sophia_trainer import (
         SophiaSeq2SeqTrainer,
         SophiaTrainer,
@@ -28,6 +29,7 @@ __all__ = [
     "SophiaTrainer",
     "SophiaTrainerMixin",
     "WeightDecay",
+    "diagnose",
     "gauss_newton_bartlett",
     "hutchinson",
     "register",
@@ -37,8 +39,16 @@ __all__ = [
 register()
 
 
+_LATER = {
+    "SophiaSeq2SeqTrainer": "hf_sophia.trainer.sophia_trainer",
+    "SophiaTrainer": "hf_sophia.trainer.sophia_trainer",
+    "SophiaTrainerMixin": "hf_sophia.trainer.sophia_trainer",
+    "diagnose": "hf_sophia.trainer.diagnosis",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import the trainers on first use: `transformers.trainer` takes seconds to import."""
-    if name in ("SophiaSeq2SeqTrainer", "SophiaTrainer", "SophiaTrainerMixin"):
-        return getattr(import_module("hf_sophia.trainer.sophia_trainer"), name)
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

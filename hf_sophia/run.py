@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 USAGE = "usage: python -m hf_sophia.run SCRIPT [ARGUMENT ...]"
+_COMMANDS = """usage: hf-sophia run SCRIPT [ARGUMENT ...]
+       hf-sophia doctor SCRIPT [ARGUMENT ...]"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,38 +39,63 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         _refuse(f"a script's path comes first, got {argv[0] if argv else 'nothing'!r}")
-    path = os.path.abspath(argv[0])
-    if not os.path.isfile(path):
-        _refuse(f"can't open file {path!r}: no such file")
+    path = script_path(argv[0])
 
     from hf_sophia.trainer.injection import inject
 
     inject()
-    _run(path, argv)
+    run_script(path, argv)
+
+
+def script_path(script: str) -> str:
+    """Return a script's absolute path.
+
+    Args:
+        script: Its path.
+
+    Raises:
+        SystemExit: There is no such file (code 2, as of Python itself).
+    """
+    path = os.path.abspath(script)
+    if not os.path.isfile(path):
+        _refuse(f"can't open file {path!r}: no such file")
+    return path
 
 
 def command(argv: Sequence[str] | None = None) -> None:
-    """Run the console command `hf-sophia`, whose one subcommand is `run`.
+    """Run the console command `hf-sophia`, whose subcommands are `run` and `doctor`.
 
     Args:
         argv: The command line without the program's name; None: the process's own.
 
     Raises:
-        SystemExit: The subcommand is missing or unknown, or as `main`.
+        SystemExit: The subcommand is missing or unknown, or as `main` and `doctor.main`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] not in (["run"], ["-h"], ["--help"]):
-        _refuse(f"unknown command {argv[0]!r}" if argv else "a command is missing")
-    main(argv[1:] if argv[0] == "run" else argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{_COMMANDS}\n\n{__doc__}")
+        raise SystemExit(0)
+    if argv[:1] == ["doctor"]:
+        from hf_sophia import doctor
+
+        return doctor.main(argv[1:])
+    if argv[:1] != ["run"]:
+        _refuse(f"unknown command {argv[0]!r}" if argv else "a command is missing", _COMMANDS)
+    return main(argv[1:])
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"{USAGE}\nhf_sophia.run: {message}", file=sys.stderr)
+def _refuse(message: str, usage: str = USAGE) -> NoReturn:
+    print(f"{usage}\nhf_sophia.run: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _run(path: str, argv: list[str]) -> None:
-    """Make the script `__main__` and execute it; its errors show its own frames only."""
+def run_script(path: str, argv: list[str]) -> None:
+    """Make a script `__main__` and execute it; its errors show its own frames only.
+
+    Args:
+        path: The script's path.
+        argv: What the script shall see as `sys.argv`.
+    """
     sys.argv[:] = argv
     # What `-m` and console scripts have put there is not what a script's run would have.
     if not sys.flags.safe_path:

@@ -1,0 +1,72 @@
+"""Say what Sophia would do in a training script, without training.
+
+    hf-sophia doctor run_clm.py --optim sophia --learning_rate 1e-3 ...
+    hf-sophia doctor --steps 40 --adamw-lr 3e-4 train.py ...
+
+The script runs until its Trainer would train. A few of its steps are then taken with a learning
+rate of 0, and what they show is printed: the head, what a refresh counts and costs, the spectrum of
+the Hessian, what a ladder of rho would clip, which rho and learning rate to try, and what would be
+wrong or slow. Nothing of the script after that runs. From Python: `hf_sophia.diagnose(trainer)`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hf_sophia.run import run_script, script_path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a script up to its training, and examine that.
+
+    Args:
+        argv: Options, the script's path and its arguments; None: the process's own.
+
+    Raises:
+        SystemExit: Always; with code 1 where the run would fail or there is none, 2 for wrong
+            arguments.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-sophia doctor", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--steps", type=int, default=20, help="Steps to look at (default 20)")
+    parser.add_argument(
+        "--adamw-lr",
+        type=float,
+        help="A learning rate that is good for AdamW here, to compare with",
+    )
+    parser.add_argument("script", help="The script that would train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="The script's own arguments")
+    options = parser.parse_args(argv)
+    if options.steps < 4:
+        parser.error(f"--steps must be at least 4, got {options.steps}")
+    if options.adamw_lr is not None and not options.adamw_lr > 0:
+        parser.error(f"--adamw-lr must be > 0, got {options.adamw_lr}")
+    path = script_path(options.script)
+
+    from transformers.trainer import Trainer
+
+    from hf_sophia.trainer.diagnosis import diagnose
+    from hf_sophia.trainer.injection import inject
+    from hf_sophia.trainer.report import report
+
+    train = Trainer.train
+
+    def examine(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        Trainer.train = train
+        try:
+            diagnosis = diagnose(trainer, options.steps, options.adamw_lr)
+        except ValueError as error:
+            sys.exit(f"hf-sophia doctor: {error}")
+        print(f"\n{report(diagnosis)}")
+        sys.exit(1 if diagnosis.failed else 0)
+
+    inject()
+    Trainer.train = examine
+    run_script(path, [options.script, *options.arguments])
+    sys.exit("hf-sophia doctor: the script ended without training")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""Look at a training run before it starts: what Sophia would do there, and what would go wrong.
+
+The Trainer's own steps are taken with a learning rate of 0: the same batches, wrapper, precision,
+accumulation and gradient clipping, but no parameter moves. m and h are then those of a training
+run's first steps, from which the clipping for any rho follows.
+"""
+
+import copy
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
+
+from hf_sophia.optim.threshold import CoordinateSample
+from hf_sophia.trainer.heads import HeadOutput
+from hf_sophia.trainer.health import HEALTHY_CLIPPING
+from hf_sophia.trainer.options import constructor_options
+from hf_sophia.trainer.own_pass import undisturbed
+from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
+from hf_sophia.trainer.trainer_sophia import TrainerSophia
+
+#: Steps between refreshes while looking: half of the steps have one, half show what is extra.
+_K = 2
+
+#: The betas that Sophia has unless the arguments say otherwise.
+_BETAS = (0.9, 0.95)
+
+#: The share to clip that recommendations aim at.
+TARGET = 0.1
+
+#: What counts as few: predictions in a refresh, refreshes in a run.
+FEW_TOKENS = 256
+FEW_REFRESHES = 20
+
+#: The bound on the curvature that Sophia has unless the arguments say otherwise.
+_EPS = 1e-12
+
+#: Thresholds to predict the clipping of.
+LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that would make Sophia wrong or slow.
+
+    Args:
+        severity: `"error"` (it would not run), `"warning"` or `"note"`.
+        message: What it is, and the remedy.
+    """
+
+    severity: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The sampled coordinates of the parameters of one kind.
+
+    Args:
+        kind: Their name, with `*` for the layer's number.
+        size: Coordinates in all.
+        tensors: For each tensor |m|, h and the mean square of the gradients, each of shape
+            (sampled coordinates,), and how many coordinates each of them stands for.
+    """
+
+    kind: str
+    size: int
+    tensors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
+
+
+@dataclass
+class Diagnosis:
+    """What was found.
+
+    Args:
+        model: The model's class and size.
+        head: The head's likelihood and the shape of its logits, or None where there is none.
+        way: How the Hessian would be estimated, and why.
+        tokens: B of each refresh.
+        curvatures: One for each kind of parameter.
+        plain_seconds: The median time of a step without a refresh; NaN where none was taken.
+        refresh_seconds: The median time of a step with one.
+        plain_bytes: Peak memory of a step without a refresh; None on a CPU, which does not tell.
+        refresh_bytes: Peak memory of a step with one.
+        k: Steps between refreshes of the run that was asked for.
+        rho: The threshold asked for, a number or `"auto"`; None: another optimizer was.
+        adamw_lr: The learning rate of AdamW to compare with, or None.
+        findings: Errors, warnings and notes.
+    """
+
+    model: str
+    head: str | None = None
+    way: str | None = None
+    tokens: list[int] = field(default_factory=list)
+    curvatures: list[Curvature] = field(default_factory=list)
+    plain_seconds: float = float("nan")
+    refresh_seconds: float = float("nan")
+    plain_bytes: int | None = None
+    refresh_bytes: int | None = None
+    k: int = 10
+    rho: float | str | None = None
+    adamw_lr: float | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run would end with an error."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def overhead(self) -> float:
+        """The share of a plain step's time that refreshes add to the average step."""
+        return (self.refresh_seconds / self.plain_seconds - 1.0) / self.k
+
+    def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return |m| / h of all sampled coordinates that move, ascending, and their weights."""
+        parts = [part for curvature in self.curvatures for part in curvature.tensors]
+        ratios = torch.cat([m / h for m, h, _, _ in parts])
+        weights = torch.cat([torch.full_like(m, weight) for m, _, _, weight in parts])
+        ratios, order = ratios[ratios > 0].sort()
+        moving = torch.cat([m / h for m, h, _, _ in parts]) > 0
+        return ratios, weights[moving][order]
+
+    def clip_fraction(self, rho: float) -> float:
+        """Predict the share of the coordinates that move which a threshold would clip."""
+        ratios, weights = self.ratios()
+        return float(weights[ratios >= rho].sum() / weights.sum())
+
+    def rho_for(self, clip_fraction: float) -> float:
+        """Return the threshold that would clip a share of the coordinates that move."""
+        ratios, weights = self.ratios()
+        below = weights.cumsum(0)
+        place = torch.searchsorted(below, (1.0 - clip_fraction) * below[-1])
+        return float(ratios[place.clamp(max=len(ratios) - 1)])
+
+    def learning_rates(self) -> tuple[float, float] | None:
+        """Return the range to look for a learning rate in, against AdamW's; None: unknown.
+
+        From the rate with which `rho=auto` moves the parameters as far as AdamW does, in the root
+        mean square, up to AdamW's own, which bounds the largest step of a coordinate alike.
+        """
+        if self.adamw_lr is None or not self.curvatures:
+            return None
+        ours = theirs = 0.0
+        for curvature in self.curvatures:
+            for m, h, square, weight in curvature.tensors:
+                ratio = m / h
+                if not (moving := ratio > 0).any():
+                    continue
+                rho = ratio[moving].quantile(1.0 - TARGET)
+                ours += weight * float((ratio / rho).clamp(max=1.0).square().sum())
+                theirs += weight * float((m[moving].square() / square[moving]).sum())
+        if not ours:
+            return None
+        matched = self.adamw_lr * (theirs / ours) ** 0.5
+        return min(matched, self.adamw_lr), max(matched, self.adamw_lr)
+
+
+def diagnose(
+    trainer: SophiaTrainerMixin, steps: int = 20, adamw_lr: float | None = None
+) -> Diagnosis:
+    """Take steps with a learning rate of 0 and say what Sophia would do in this run.
+
+    The Trainer can train afterwards as if nothing had been: parameters, buffers, random numbers,
+    arguments, callbacks and optimizer are as before.
+
+    Args:
+        trainer: A `SophiaTrainer` or another with the mixin, on one process, that has not trained.
+        steps: Optimizer steps to take, at least 4. Noise of m is what it will be in training after
+            about `2 / (1 - beta1)` of them.
+        adamw_lr: A learning rate that is known to be good for AdamW; None: the one of the
+            arguments, where they name an AdamW.
+
+    Returns:
+        What was found. That the run would fail is a finding too.
+
+    Raises:
+        ValueError: The Trainer has no mixin, is one of several processes, or has no data; or there
+            are too few steps.
+    """
+    if not isinstance(trainer, SophiaTrainerMixin):
+        raise ValueError(
+            f"diagnose needs a SophiaTrainer or another Trainer with SophiaTrainerMixin, got"
+            f" {type(trainer).__name__}"
+        )
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"the doctor looks at one process, this is one of {trainer.args.world_size}: start it"
+            " without torchrun or accelerate launch"
+        )
+    if trainer.train_dataset is None:
+        raise ValueError("the Trainer has no train_dataset to take batches from")
+    if steps < 4:
+        raise ValueError(f"steps must be at least 4, got {steps}")
+    name = getattr(trainer.args.optim, "value", trainer.args.optim)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    diagnosis = Diagnosis(f"{type(model).__name__}, {size:,} trained parameters")
+    diagnosis.adamw_lr = adamw_lr
+    if adamw_lr is None and name.startswith("adamw"):
+        diagnosis.adamw_lr = trainer.args.learning_rate
+    options: dict[str, Any] = {"betas": _BETAS}
+    asked = dict(options)
+    watch = _Watch(trainer, model)
+    try:
+        if name == "sophia":
+            options = constructor_options("sophia", trainer.args, _BETAS)
+            diagnosis.rho = options.get("rho", 0.03)
+            diagnosis.k = options.get("k", diagnosis.k)
+            asked = dict(options)
+        options |= {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
+        with _looking(trainer, options, steps, watch, diagnosis.findings):
+            trainer.train()
+            optimizer = trainer._sophia
+            if optimizer is None:
+                raise ValueError(
+                    f"{type(trainer).__name__} makes an optimizer of its own, so that"
+                    " --optim sophia would have no effect: take its create_optimizer out"
+                )
+            _collect(diagnosis, model, optimizer, watch)
+    except (ValueError, RuntimeError, TypeError) as error:
+        diagnosis.findings.append(Finding("error", str(error)))
+    diagnosis.head, diagnosis.way, diagnosis.tokens = watch.head, watch.way, watch.tokens
+    if not diagnosis.failed:
+        _judge(diagnosis, trainer, name, asked)
+    return diagnosis
+
+
+class _Watch(TrainerCallback):
+    """Times steps, and adds up squared gradients at the sampled coordinates."""
+
+    def __init__(self, trainer: SophiaTrainerMixin, model: torch.nn.Module) -> None:
+        self._trainer = trainer
+        self.params = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.samples = {param: CoordinateSample(param) for param in self.params}
+        self.squares: dict[torch.Tensor, torch.Tensor] = {}
+        self.seconds: list[float] = []
+        self.bytes: list[int] = []
+        self.tokens: list[int] = []
+        self.head: str | None = None
+        self.way: str | None = None
+        self._device = next(iter(self.params), torch.zeros(())).device
+
+    def _clock(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._began = self._clock()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for param, sample in self.samples.items():
+            if param.grad is not None:
+                square = sample.take(param.grad).float().square()
+                self.squares[param] = self.squares.get(param, 0.0) + square
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(self._clock() - self._began)
+        if len(self.seconds) % _K == 1 and self._trainer._hessian_tokens:
+            self.tokens.append(self._trainer._hessian_tokens)
+        if self._device.type == "cuda":
+            self.bytes.append(torch.cuda.max_memory_allocated(self._device))
+
+
+@contextmanager
+def _looking(
+    trainer: SophiaTrainerMixin,
+    options: dict[str, Any],
+    steps: int,
+    watch: _Watch,
+    findings: list[Finding],
+) -> Iterator[None]:
+    """Let a Trainer take steps that leave no trace; what it warns of becomes findings."""
+    args = copy.copy(trainer.args)
+    for name, value in {
+        "max_steps": steps,
+        "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "logging_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "auto_find_batch_size": False,
+        "disable_tqdm": True,
+    }.items():
+        setattr(args, name, value)
+    replaced = {
+        "args": args,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "optimizer_cls_and_kwargs": (TrainerSophia, options),
+        "sophia_head": _spied(trainer, watch),
+        "state": copy.deepcopy(trainer.state),
+        "control": copy.copy(trainer.control),
+    }
+    held = {name: vars(trainer)[name] for name in replaced if name in vars(trainer)}
+    callbacks = trainer.callback_handler.callbacks
+    grads = {param: param.grad for param in watch.params}
+    training = trainer.model.training
+    listener = _Listener(findings)
+    logger = logging.getLogger("hf_sophia")
+    logger.addHandler(listener)
+    try:
+        vars(trainer).update(replaced)
+        trainer.callback_handler.callbacks = [DefaultFlowCallback(), watch]
+        with undisturbed(trainer.accelerator.unwrap_model(trainer.model), trainer.args.seed):
+            yield
+    finally:
+        logger.removeHandler(listener)
+        watch.way = trainer._plan and f"{trainer._plan}: {trainer._plan.reason}"
+        trainer.callback_handler.callbacks = callbacks
+        for name in replaced:
+            vars(trainer).pop(name, None)
+        vars(trainer).update(held)
+        trainer._refresh = trainer._plan = trainer._hessian_tokens = None
+        trainer._left_out = False
+        trainer.model.train(training)
+        for param, grad in grads.items():
+            param.grad = grad
+
+
+def _spied(trainer: SophiaTrainerMixin, watch: _Watch) -> Callable[..., HeadOutput]:
+    """Return the Trainer's `sophia_head` that also notes what it found."""
+
+    def sophia_head(*args: Any) -> HeadOutput:
+        head = type(trainer).sophia_head(trainer, *args)
+        watch.head = f"{head.likelihood}, logits of shape {tuple(head.logits.shape)}"
+        return head
+
+    return sophia_head
+
+
+class _Listener(logging.Handler):
+    """Turns what the package warns of into findings."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__(logging.WARNING)
+        self._findings = findings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        finding = Finding("warning", record.getMessage())
+        if finding not in self._findings:
+            self._findings.append(finding)
+
+
+@torch.no_grad()
+def _collect(
+    diagnosis: Diagnosis, model: torch.nn.Module, optimizer: TrainerSophia, watch: _Watch
+) -> None:
+    """Take the sampled coordinates out of the optimizer's state, and the times."""
+    if not watch.tokens:
+        raise ValueError(
+            "no refresh has succeeded, for the reasons in the warnings: Sophia would have no"
+            " curvature"
+        )
+    steps = len(watch.seconds)
+    by_kind: dict[str, Curvature] = {}
+    for group in optimizer.param_groups:
+        filled = 1.0 - group["betas"][0] ** steps
+        for param in group["params"]:
+            kind = re.sub(r"\.\d+(?=\.|$)", ".*", watch.params[param])
+            found = by_kind.setdefault(kind, Curvature(kind, 0, []))
+            size = found.size + param.numel()
+            by_kind[kind] = Curvature(kind, size, found.tensors)
+            if param not in watch.squares:
+                continue
+            sample, state = watch.samples[param], optimizer.state[param]
+            m = sample.take(state["exp_avg"]).float().abs().cpu() / filled
+            h = sample.take(state["hessian"]).float().cpu() / (group["hessian_weight"] or 1.0)
+            square = watch.squares[param].cpu() / steps
+            tensors = (m, h.clamp(min=group["eps"]), square, param.numel() / sample.size)
+            found.tensors.append(tensors)
+    diagnosis.curvatures = list(by_kind.values())
+    # The first two steps allocate, and choose kernels.
+    refreshing = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K == 0]
+    plain = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K]
+    diagnosis.refresh_seconds = statistics.median(refreshing)
+    diagnosis.plain_seconds = statistics.median(plain)
+    if watch.bytes:
+        diagnosis.refresh_bytes = max(watch.bytes[0::_K])
+        diagnosis.plain_bytes = max(watch.bytes[1::_K])
+
+
+def _judge(
+    diagnosis: Diagnosis, trainer: SophiaTrainerMixin, name: str, asked: dict[str, Any]
+) -> None:
+    """Say what is wrong or slow in a run that works."""
+    add = diagnosis.findings.append
+    if name != "sophia":
+        add(
+            Finding(
+                "note",
+                f"the arguments ask for --optim {name}, so that nothing here would take place:"
+                " give --optim sophia with the options below",
+            )
+        )
+    still = [
+        curvature.kind
+        for curvature in diagnosis.curvatures
+        if not any((m > 0).any() for m, _, _, _ in curvature.tensors)
+    ]
+    if still:
+        add(
+            Finding(
+                "warning",
+                f"no gradient reaches {_listed(still)}: freeze what shall not train, or look for"
+                " what cuts the graph",
+            )
+        )
+    if not any((m / h > 0).any() for c in diagnosis.curvatures for m, h, _, _ in c.tensors):
+        add(Finding("error", "no parameter moves: the loss does not depend on any of them"))
+        return
+    eps = asked.get("eps", _EPS)
+    flat = [
+        curvature.kind
+        for curvature in diagnosis.curvatures
+        if curvature.kind not in still and all((h <= eps).all() for _, h, _, _ in curvature.tensors)
+    ]
+    if flat:
+        add(
+            Finding(
+                "warning",
+                f"the Hessian of {_listed(flat)} is zero although gradients are not: their"
+                " coordinates take sign steps. Does the loss reach them other than through the"
+                " logits?",
+            )
+        )
+    if min(diagnosis.tokens) < FEW_TOKENS:
+        add(
+            Finding(
+                "warning",
+                f"a refresh counts {min(diagnosis.tokens):,} predictions, which makes a noisy"
+                " estimate: a larger batch, gradient accumulation, or hessian_batch_fraction=1"
+                " where a share is taken now",
+            )
+        )
+    low, high = HEALTHY_CLIPPING
+    if isinstance(diagnosis.rho, float):
+        clipped = diagnosis.clip_fraction(diagnosis.rho)
+        if not low <= clipped <= high:
+            add(
+                Finding(
+                    "warning",
+                    f"rho={diagnosis.rho:g} would clip {clipped:.1%} of the coordinates:"
+                    f" {'nearly all take sign steps' if clipped > high else 'hardly any is kept'}"
+                    f"{'' if clipped > high else ' from a long step'}. rho=auto follows the data,"
+                    f" or take rho={diagnosis.rho_for(TARGET):.2g}",
+                )
+            )
+    steps = trainer.args.max_steps
+    if 0 < steps < FEW_REFRESHES * diagnosis.k:
+        add(
+            Finding(
+                "warning",
+                f"{steps} steps have {-(-steps // diagnosis.k)} refreshes with k={diagnosis.k}, of"
+                f" which the average of h takes in {1 / (1 - asked['betas'][1]):.0f}: a smaller k",
+            )
+        )
+    if name == "sophia" and not asked.get("bias_correction", False):
+        add(
+            Finding(
+                "note",
+                f"without bias_correction=true h is too small for about"
+                f" {diagnosis.k / (1 - asked['betas'][1]):.0f} steps, and clips more than later",
+            )
+        )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

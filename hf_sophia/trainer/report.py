@@ -1,0 +1,111 @@
+"""What a diagnosis says, as text."""
+
+import torch
+
+from hf_sophia.trainer.diagnosis import LADDER, TARGET, Curvature, Diagnosis
+
+_QUANTILES = (0.01, 0.5, 0.99)
+
+
+def report(diagnosis: Diagnosis) -> str:
+    """Return a diagnosis as tables in Markdown.
+
+    Args:
+        diagnosis: What was found.
+    """
+    parts = ["# hf-sophia doctor", _overview(diagnosis)]
+    parts.append(
+        "\n".join(f"- {finding.severity}: {finding.message}" for finding in diagnosis.findings)
+        or "Nothing was found that would make Sophia wrong or slow here."
+    )
+    if not diagnosis.failed:
+        parts += [
+            f"## Curvature\n\n{_spectrum(diagnosis.curvatures)}",
+            f"## Clipping\n\n{_ladder(diagnosis)}",
+            f"## Recommended\n\n{_recommended(diagnosis)}",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _overview(diagnosis: Diagnosis) -> str:
+    lines = [
+        ("model", diagnosis.model),
+        ("head", diagnosis.head or "none was seen"),
+        ("Hessian", diagnosis.way or "no way was chosen"),
+    ]
+    if diagnosis.tokens:
+        low, high = min(diagnosis.tokens), max(diagnosis.tokens)
+        lines.append(("predictions in a refresh", f"{low:,}" + f" to {high:,}" * (high > low)))
+    if not diagnosis.failed:
+        plain, refresh = (
+            f"{seconds * 1e3:.1f} ms"
+            for seconds in (diagnosis.plain_seconds, diagnosis.refresh_seconds)
+        )
+        # Noise may have made refreshes seem faster than plain steps.
+        extra = max(diagnosis.overhead, 0.0)
+        time = f"a step {plain}, with a refresh {refresh}: {extra:.1%} at k={diagnosis.k}"
+        lines.append(("time", time))
+        memory = "only measured on a CUDA device"
+        if diagnosis.plain_bytes is not None and diagnosis.refresh_bytes is not None:
+            step = diagnosis.plain_bytes / 2**20
+            more = diagnosis.refresh_bytes / 2**20 - step
+            memory = f"a step {step:,.0f} MiB, with a refresh {more:+,.0f} MiB"
+        lines.append(("memory", memory))
+    return _table(("", ""), lines)
+
+
+def _spectrum(curvatures: list[Curvature]) -> str:
+    rows = []
+    for curvature in curvatures:
+        if not curvature.tensors:
+            rows.append((curvature.kind, f"{curvature.size:,}", *["no gradient"] * 5))
+            continue
+        m, h = (torch.cat([tensors[i] for tensors in curvature.tensors]) for i in (0, 1))
+        # By rank: each tensor's sample counts alike among tensors of one kind and size.
+        quantiles = h.quantile(torch.tensor(_QUANTILES)).tolist()
+        ratio = (m / h)[m > 0]
+        rho = float(ratio.quantile(1.0 - TARGET)) if len(ratio) else 0.0
+        rows.append(
+            (
+                curvature.kind,
+                f"{curvature.size:,}",
+                *(f"{quantile:.1e}" for quantile in quantiles),
+                f"{float(m.median()):.1e}",
+                f"{rho:.2g}",
+            )
+        )
+    names = ("parameters", "number", *(f"h, {q:.0%}" for q in _QUANTILES), "abs(m), 50%")
+    return _table((*names, f"rho that clips {TARGET:.0%}"), rows)
+
+
+def _ladder(diagnosis: Diagnosis) -> str:
+    rows = [(f"{rho:g}", f"{diagnosis.clip_fraction(rho):.1%}") for rho in LADDER]
+    return _table(("rho", "coordinates clipped"), rows)
+
+
+def _recommended(diagnosis: Diagnosis) -> str:
+    options = f"rho=auto,target_clip_fraction={TARGET:g},nesterov=true,bias_correction=true"
+    lines = [
+        ("options", f"`--optim sophia --optim_args {options}`"),
+        ("fixed rho that clips as much at first", f"{diagnosis.rho_for(TARGET):.2g}"),
+    ]
+    rates = diagnosis.learning_rates()
+    if rates is None:
+        lines.append(("learning rate", "unknown; give --adamw-lr to compare with"))
+    else:
+        low, high = rates
+        found = f"{low:.1e} to {high:.1e}, against AdamW's {diagnosis.adamw_lr:g}"
+        lines.append(("learning rate", found))
+    return _table(("", ""), lines)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Make a Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    return "\n".join([line(head), rule, *map(line, rows)])

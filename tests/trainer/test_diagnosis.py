@@ -1,0 +1,185 @@
+"""What the doctor says of a run, and that the run does not notice."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_sophia import SophiaTrainer, diagnose
+from hf_sophia.trainer.report import report
+
+from .runs import arguments, dataset, sophia_of
+
+
+def trainer_of(model, folder, trainer_class=SophiaTrainer, data=None, **options) -> Trainer:
+    rows = dataset() if data is None else data
+    return trainer_class(model, arguments(folder, **options), train_dataset=rows)
+
+
+def messages(diagnosis, severity: str) -> list[str]:
+    return [f.message for f in diagnosis.findings if f.severity == severity]
+
+
+def test_the_prediction_is_what_such_a_run_clips(tiny_gpt2, tmp_path) -> None:
+    # Tensors of this model have fewer coordinates than a sample: the prediction can be exact.
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, **options), steps=8)
+    args = "rho=0.2,k=2,bias_correction=true"
+    trainer = trainer_of(
+        tiny_gpt2(), tmp_path, learning_rate=0.0, max_steps=8, optim_args=args, **options
+    )
+    trainer.train()
+    optimizer = sophia_of(trainer)
+    group = optimizer.param_groups[0]
+    ratios = torch.cat(
+        [
+            (s["exp_avg"] / (1 - 0.9**8)).abs().flatten()
+            / (s["hessian"] / group["hessian_weight"]).clamp(min=1e-12).flatten()
+            for s in optimizer.state.values()
+        ]
+    )
+    moving = ratios[ratios > 0]
+    for rho in (0.03, 0.3, 3.0, 30.0):
+        share = (moving >= rho).float().mean()
+        assert found.clip_fraction(rho) == pytest.approx(share.item(), abs=1e-5)
+    assert found.clip_fraction(found.rho_for(0.25)) == pytest.approx(0.25, abs=1e-3)
+    assert found.tokens == [4 * 11] * 4
+    assert found.head == "categorical, logits of shape (2, 12, 37)"
+    assert "kept graph" in found.way
+    sizes = [param.numel() for param in optimizer.state]
+    assert sum(curvature.size for curvature in found.curvatures) == sum(sizes)
+    assert not found.failed
+
+
+def test_the_run_does_not_notice(tiny_gpt2, tmp_path) -> None:
+    options = {"max_steps": 6, "optim_args": "rho=0.2,k=2"}
+    plain = trainer_of(tiny_gpt2(attn_pdrop=0.1), tmp_path, **options)
+    plain.train()
+
+    trainer = trainer_of(tiny_gpt2(attn_pdrop=0.1), tmp_path, **options)
+    before = copy.deepcopy(trainer.model.state_dict())
+    args, callbacks = copy.copy(trainer.args), list(trainer.callback_handler.callbacks)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    diagnose(trainer, steps=5)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert states[:2] == after[:2]
+    assert torch.equal(states[2], after[2])
+    assert all(torch.equal(before[n], value) for n, value in trainer.model.state_dict().items())
+    assert all(param.grad is None for param in trainer.model.parameters())
+    assert vars(trainer.args) == vars(args)
+    assert trainer.callback_handler.callbacks == callbacks
+    assert trainer.optimizer is None
+    assert "sophia_head" not in vars(trainer)
+    assert trainer.state.global_step == 0
+    trainer.train()
+    pairs = zip(plain.model.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_learning_rates_lie_between_equal_motion_and_adamws_own(tiny_gpt2, tmp_path) -> None:
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim="adamw_torch", optim_args=None))
+    low, high = found.learning_rates()
+    assert found.adamw_lr == 5e-3
+    assert low < high
+    assert 5e-3 in (low, high)
+    # The root mean squares of the two steps, by hand.
+    ours = theirs = 0.0
+    for curvature in found.curvatures:
+        for m, h, square, weight in curvature.tensors:
+            ratio = (m / h)[m > 0]
+            rho = ratio.quantile(0.9)
+            ours += weight * (ratio / rho).clamp(max=1).square().sum().item()
+            theirs += weight * (m[m > 0].square() / square[m > 0]).sum().item()
+    matched = 5e-3 * (theirs / ours) ** 0.5
+    assert matched == pytest.approx(low if high == 5e-3 else high)
+    assert found.rho is None
+    assert "ask for --optim adamw_torch" in messages(found, "note")[0]
+    given = diagnose(trainer_of(tiny_gpt2(), tmp_path), adamw_lr=1e-3)
+    assert 1e-3 in given.learning_rates()
+    assert diagnose(trainer_of(tiny_gpt2(), tmp_path)).learning_rates() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "severity", "message"),
+    [
+        ({"optim_args": "rho=1e9"}, "warning", "rho=1e+09 would clip 0.0%"),
+        ({"optim_args": "rho=1e-9"}, "warning", "rho=1e-09 would clip 100.0%"),
+        ({"optim_args": "rho=1"}, "warning", "a refresh counts 44 predictions"),
+        ({"max_steps": 30}, "warning", "30 steps have 3 refreshes with k=10"),
+        ({"optim_args": "rho=auto"}, "note", "without bias_correction=true h is too small"),
+        ({"optim_args": "rho=auto,colour=1"}, "error", "unknown option 'colour'"),
+        ({"trainer": "own optimizer"}, "error", "makes an optimizer of its own"),
+        ({"model": "unreached"}, "warning", "no gradient reaches lost: freeze"),
+        ({"data": "ignored"}, "error", "no refresh has succeeded"),
+        ({"data": "ignored"}, "warning", "no label of the batch of step 1 counts"),
+        (
+            {"data": "shifted"},
+            "error",
+            "labels that Sophia-G counts for GPT2LMHeadModel have a mean loss",
+        ),
+    ],
+)
+def test_what_would_go_wrong_is_found(options, severity, message, tiny_gpt2, tmp_path) -> None:
+    options = dict(options)
+    model, data, trainer_class = tiny_gpt2(), dataset(), SophiaTrainer
+    if options.pop("model", None):
+        model.register_parameter("lost", torch.nn.Parameter(torch.ones(3)))
+    kind = options.pop("data", None)
+    if kind == "ignored":
+        data = dataset(ignored=1.1)
+    if kind == "shifted":
+
+        class Misaligned(SophiaTrainer):
+            def sophia_head(self, model, inputs, outputs):
+                head = super().sophia_head(model, inputs, outputs)
+                return type(head)(head.logits.roll(1, dims=1), head.targets, head.likelihood)
+
+        trainer_class = Misaligned
+    if options.pop("trainer", None):
+
+        class Own(SophiaTrainer):
+            def create_optimizer(self, *args):
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+                return self.optimizer
+
+        trainer_class = Own
+    found = diagnose(trainer_of(model, tmp_path, trainer_class, data, **options), steps=6)
+    assert any(message in text for text in messages(found, severity)), found.findings
+    assert found.failed == (severity == "error" or kind == "ignored")
+    assert message in report(found)
+
+
+def test_what_cant_be_examined_is_refused(tiny_gpt2, tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="needs a SophiaTrainer or another Trainer"):
+        diagnose(trainer_of(tiny_gpt2(), tmp_path, Trainer))
+    trainer = trainer_of(tiny_gpt2(), tmp_path)
+    with pytest.raises(ValueError, match="steps must be at least 4, got 3"):
+        diagnose(trainer, steps=3)
+    trainer.train_dataset = None
+    with pytest.raises(ValueError, match="no train_dataset"):
+        diagnose(trainer)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="this is one of 2: start it without torchrun"):
+        diagnose(trainer)
+
+
+def test_the_report_shows_each_kind_of_parameter(tiny_gpt2, tmp_path) -> None:
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args="rho=auto"), adamw_lr=1e-3)
+    text = report(found)
+    assert "| transformer.h.*.mlp.c_fc.weight" in text
+    assert "transformer.h.0" not in text
+    assert "| 0.03  |" in text
+    assert "rho=auto,target_clip_fraction=0.1,nesterov=true,bias_correction=true" in text
+    assert "against AdamW's 0.001" in text
+    assert found.overhead == pytest.approx(
+        (found.refresh_seconds - found.plain_seconds) / found.plain_seconds / 10
+    )
+
+
+@pytest.mark.gpu
+def test_memory_is_measured_on_a_gpu(tiny_gpt2, tmp_path) -> None:
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, use_cpu=False))
+    assert found.refresh_bytes >= found.plain_bytes > 0
