@@ -33,6 +33,9 @@ class ModelArguments(ShapeArguments):
     """The shape of the GPT-2, its vocabulary and its window."""
 
     block_size: int = field(default=128, metadata={"help": "Tokens in a training example"})
+    scale_attn_by_inverse_layer_idx: bool = field(
+        default=False, metadata={"help": "Divide attention by the layer's number too"}
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Use this tokenizer instead of training one"}
     )
@@ -75,6 +78,10 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
     """
     model_args, corpus_args, args, resume = start(ARGUMENTS, argv, CONFIG)
     with one_line_errors():
+        if corpus_args.streaming and not model_args.tokenizer_name:
+            raise ValueError("streaming needs --tokenizer_name: one is trained on whole texts only")
+        if corpus_args.streaming and args.max_steps <= 0:
+            raise ValueError("streaming needs --max_steps: a stream's length is not known")
         corpus = load_corpus(corpus_args)
         if model_args.tokenizer_name:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -83,13 +90,23 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
         else:
             tokenizer = train_tokenizer(corpus.documents["train"], model_args.vocab_size)
         train, validation = make_blocks(
-            corpus.documents, tokenizer, model_args.block_size, corpus_args.validation_percent
+            corpus.documents,
+            tokenizer,
+            model_args.block_size,
+            corpus_args.validation_percent,
+            args.seed,
         )
-    model = make_gpt2(model_args, tokenizer, model_args.block_size)
+    model = make_gpt2(
+        model_args,
+        tokenizer,
+        model_args.block_size,
+        scale_attn_by_inverse_layer_idx=model_args.scale_attn_by_inverse_layer_idx,
+    )
+    amount = "a stream of blocks" if corpus_args.streaming else f"{len(train):,} blocks"
+    which = "streamed" if corpus_args.streaming else f"sha256 {corpus.digest[:12]}"
     print(
-        f"{corpus.name} (sha256 {corpus.digest[:12]}): {len(train):,} blocks of"
-        f" {model_args.block_size} tokens to train on, {len(validation):,} to evaluate on;"
-        f" GPT-2 with {model.num_parameters():,} parameters"
+        f"{corpus.name} ({which}): {amount} of {model_args.block_size} tokens to train on,"
+        f" {len(validation):,} to evaluate on; GPT-2 with {model.num_parameters():,} parameters"
     )
 
     evaluation = LanguageModelEvaluation(tokenizer)

@@ -152,5 +152,5 @@ def test_every_test_that_the_documents_name_exists() -> None:
         named = set(re.findall(r"`(test_\w+)`", text))
         assert named, document
         assert named <= defined, named - defined
-        for target in re.findall(r"\]\(([^)#]+)", text):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (document.parent / target).exists(), target

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from common.standard_library import LICENCE
@@ -65,13 +65,13 @@ class Corpus:
     """Documents or other rows, and what they are.
 
     Args:
-        documents: Splits `train` and perhaps `validation`.
+        documents: Splits `train` and perhaps `validation`; both where they are streams.
         name: What to call it.
         digest: A hash of the content, to tell one corpus from another.
         licence: The text's licence, where it is known.
     """
 
-    documents: DatasetDict
+    documents: DatasetDict | IterableDatasetDict
     name: str
     digest: str
     licence: str | None = None
@@ -99,6 +99,7 @@ def load_data(
     embedded: Callable[[Path], dict[str, Path]],
     texts: dict[str, str],
     others: dict[str, str] | None = None,
+    streamed_validation: int | None = None,
 ) -> Corpus:
     """Load the rows that the arguments ask for.
 
@@ -108,6 +109,8 @@ def load_data(
         texts: The columns of text to keep: our name, and the data's own. `--<our name>_column` is
             the option that names it.
         others: Further columns, of any kind.
+        streamed_validation: Read rows as a stream, and hold this many of the first ones out where
+            there is no validation split; None: prepare all of them first.
 
     Returns:
         The rows, with the columns under our names; rows with a blank text are left out.
@@ -117,10 +120,15 @@ def load_data(
         ValueError: A file's kind is unknown or its content broken, a column is missing or holds no
             text, or there is no split to train on.
     """
+    streaming = streamed_validation is not None
     if arguments.dataset_name:
-        rows = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
         name, licence = arguments.dataset_name, None
-        digest = "-".join(split._fingerprint for split in rows.values())
+        rows = load_dataset(name, arguments.dataset_config_name, streaming=streaming)
+        if streaming:
+            # What has not been read has no fingerprint; the builder's version is what is known.
+            digest = f"streamed, version {rows['train'].info.version}" if "train" in rows else ""
+        else:
+            digest = "-".join(split._fingerprint for split in rows.values())
     else:
         if arguments.train_file:
             files = {"train": Path(arguments.train_file)}
@@ -130,7 +138,7 @@ def load_data(
         else:
             files = embedded(Path(arguments.corpus_dir))
             name, licence = "Python standard library", LICENCE
-        rows = _load_files(files)
+        rows = _load_files(files, streaming)
         digest = _hash_files(files)
     if "train" not in rows:
         raise ValueError(f"{name} has no split 'train', only {sorted(rows)}")
@@ -139,7 +147,12 @@ def load_data(
         for split in ("train", "validation")
         if split in rows
     }
-    return Corpus(DatasetDict(kept), name, digest, licence)
+    if not streaming:
+        return Corpus(DatasetDict(kept), name, digest, licence)
+    if "validation" not in kept:
+        rest = kept["train"].skip(streamed_validation)
+        kept = {"train": rest, "validation": kept["train"].take(streamed_validation)}
+    return Corpus(IterableDatasetDict(kept), name, digest, licence)
 
 
 def hold_out(corpus: Corpus, percent: float, seed: int) -> Corpus:
@@ -166,7 +179,7 @@ def hold_out(corpus: Corpus, percent: float, seed: int) -> Corpus:
     return replace(corpus, documents=DatasetDict(train=parts["train"], validation=parts["test"]))
 
 
-def _load_files(files: dict[str, Path]) -> DatasetDict:
+def _load_files(files: dict[str, Path], streaming: bool) -> DatasetDict | IterableDatasetDict:
     for path in files.values():
         if not path.is_file():
             raise FileNotFoundError(f"data file {str(path)!r} does not exist")
@@ -184,7 +197,8 @@ def _load_files(files: dict[str, Path]) -> DatasetDict:
     # One document a file: lines of a text are not texts.
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
-        return load_dataset(kind, data_files={k: str(v) for k, v in files.items()}, **options)
+        paths = {split: str(path) for split, path in files.items()}
+        return load_dataset(kind, data_files=paths, streaming=streaming, **options)
     except DatasetGenerationError as error:
         names = " or ".join(repr(str(path)) for path in files.values())
         raise ValueError(f"{names} can't be read as {kind}: {error.__cause__ or error}") from error
@@ -197,8 +211,12 @@ def _hash_files(files: dict[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def _select(rows: Dataset, texts: dict[str, str], others: dict[str, str], name: str) -> Dataset:
+def _select(
+    rows: Dataset | IterableDataset, texts: dict[str, str], others: dict[str, str], name: str
+) -> Dataset | IterableDataset:
     columns = texts | others
+    if isinstance(rows, IterableDataset) and rows.column_names is None:
+        rows = rows._resolve_features()  # looks at the first rows
     for own, column in columns.items():
         if column not in rows.column_names:
             raise ValueError(
@@ -215,6 +233,6 @@ def _select(rows: Dataset, texts: dict[str, str], others: dict[str, str], name: 
     rows = rows.filter(
         lambda *values: all(value and value.strip() for value in values), input_columns=[*texts]
     )
-    if len(rows) == 0:
+    if next(iter(rows), None) is None:
         raise ValueError(f"{name} holds no text: every document is blank")
     return rows

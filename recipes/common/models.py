@@ -119,7 +119,7 @@ def load_model(
 
 
 def make_gpt2(
-    shape: ShapeArguments, tokenizer: PreTrainedTokenizerBase, n_positions: int
+    shape: ShapeArguments, tokenizer: PreTrainedTokenizerBase, n_positions: int, **options: Any
 ) -> GPT2LMHeadModel:
     """Make a GPT-2 with fresh weights.
 
@@ -127,6 +127,7 @@ def make_gpt2(
         shape: Its shape.
         tokenizer: Gives the vocabulary's size and the end of text.
         n_positions: Tokens in the longest example.
+        **options: Further options of the configuration.
 
     Returns:
         The model, in fp32.
@@ -140,6 +141,7 @@ def make_gpt2(
         resid_pdrop=shape.dropout,
         embd_pdrop=shape.dropout,
         attn_pdrop=shape.dropout,
+        **options,
     )
     return count_shifted_labels(GPT2LMHeadModel(config))
 

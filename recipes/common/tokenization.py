@@ -1,13 +1,16 @@
 """From documents to blocks of tokens: a byte-level BPE trained on the spot, then concatenation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 #: GPT-2's only special token: the end of a document.
 END_OF_TEXT = "<|endoftext|>"
+
+#: Blocks of a stream that are shuffled together.
+SHUFFLED_BLOCKS = 1000
 
 
 def train_tokenizer(
@@ -61,6 +64,7 @@ class _BlockCutter:
         self._rest: list[int] = []
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        """Cut a batch of documents."""
         # A document may be longer than any model's window; the blocks are not.
         encoded = self._tokenizer(batch["text"], add_special_tokens=False, verbose=False)
         tokens = self._rest
@@ -73,22 +77,25 @@ class _BlockCutter:
 
 
 def make_blocks(
-    documents: DatasetDict,
+    documents: DatasetDict | IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     validation_percent: float,
-) -> tuple[Dataset, Dataset]:
+    seed: int = 0,
+) -> tuple[Dataset | IterableDataset, Dataset]:
     """Tokenize documents, join them with ends of text and cut them into blocks.
 
     Args:
-        documents: Splits `train` and perhaps `validation`, with a column `text`.
+        documents: Splits `train` and perhaps `validation`, with a column `text`; of streams both.
         tokenizer: Has an `eos_token`.
         block_size: Tokens in a block; what does not fill a split's last one is dropped.
         validation_percent: Share of blocks at the end of `train` to hold out where there is no
             `validation`.
+        seed: Shuffles the training blocks of a stream, some at a time; others the Trainer shuffles.
 
     Returns:
-        Training and validation blocks, with columns `input_ids` and `labels`.
+        Training and validation blocks, with columns `input_ids` and `labels`. Of a stream the
+        training blocks are cut as they are read.
 
     Raises:
         ValueError: There is less than one block of training or validation text, or the tokenizer
@@ -99,6 +106,8 @@ def make_blocks(
             "the tokenizer has no eos_token, which ends each document; use another tokenizer or"
             " leave --tokenizer_name out to train one"
         )
+    if isinstance(documents, IterableDatasetDict):
+        return _stream_blocks(documents, tokenizer, block_size, seed)
     blocks = {
         split: rows.map(
             _BlockCutter(tokenizer, block_size),
@@ -114,9 +123,28 @@ def make_blocks(
         cut_at = max(len(train) - held_out, 0)
         train, validation = train.select(range(cut_at)), train.select(range(cut_at, len(train)))
     for name, split in (("training", train), ("validation", validation)):
-        if len(split) == 0:
-            raise ValueError(
-                f"the {name} text is too short: less than one block of {block_size} tokens; give"
-                " more text or a smaller --block_size"
-            )
+        _check_not_empty(split, name, block_size)
     return train, validation
+
+
+def _stream_blocks(
+    documents: IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
+) -> tuple[IterableDataset, Dataset]:
+    blocks = {
+        split: rows.map(_BlockCutter(tokenizer, block_size), batched=True, remove_columns=["text"])
+        for split, rows in documents.items()
+    }
+    # Read once: every evaluation uses it.
+    rows = list(blocks["validation"])
+    _check_not_empty(rows, "validation", block_size)
+    _check_not_empty(list(blocks["train"].take(1)), "training", block_size)
+    shuffled = blocks["train"].shuffle(seed, buffer_size=SHUFFLED_BLOCKS)
+    return shuffled, Dataset.from_list(rows)
+
+
+def _check_not_empty(blocks: Sized, name: str, block_size: int) -> None:
+    if len(blocks) == 0:
+        raise ValueError(
+            f"the {name} text is too short: less than one block of {block_size} tokens; give"
+            " more text or a smaller --block_size"
+        )
