@@ -477,7 +477,9 @@ class Sophia(BaseOptimizer):
             if group["nesterov"]:
                 m = m.lerp_(g, 1.0 - beta1)
             samples.append(sample)
-            ratios.append(m.abs_().div_(curvature(h, group["eps"], _hessian_weight(group))))
+            divisor = curvature(h, group["eps"], _hessian_weight(group))
+            ratio = m.abs_().div_(divisor)
+            ratios.append(torch.where(divisor > group["eps"], ratio, -ratio))
         quantiles = clipping_quantiles(
             params,
             samples,

@@ -99,7 +99,8 @@ def clipping_quantiles(
     Args:
         params: Parameters of one device.
         samples: Their sampled coordinates.
-        ratios: `|m| / max(h, eps)` at the local ones of these.
+        ratios: `|m| / max(h, eps)` at the local ones of these; negative where h is below eps. Those
+            say nothing of a scale and are only counted where there are no others.
         target: The share, in (0, 1).
         together: One threshold for all of them, each counted by its size, instead of one each.
 
@@ -117,7 +118,10 @@ def clipping_quantiles(
         distributed.all_reduce(part, group=mesh.get_group(0))
         table[rows] = part
     # Coordinates that do not move, of rows of an embedding that no batch had for instance, are 0.
-    moving = table > 0.0
+    curved = table > 0.0
+    some = curved.any() if together else curved.any(dim=1, keepdim=True)
+    moving = torch.where(some, curved, table < 0.0)
+    table.abs_()
     if not together:
         # In parts: torch's quantile takes 2^24 elements at most.
         parts = table.where(moving, torch.nan).split(ROWS_AT_ONCE)

@@ -21,7 +21,7 @@ from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 from hf_sophia.optim.threshold import CoordinateSample
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.health import HEALTHY_CLIPPING
-from hf_sophia.trainer.options import constructor_options
+from hf_sophia.trainer.options import AUTO_DEFAULTS, constructor_options
 from hf_sophia.trainer.own_pass import undisturbed
 from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
 from hf_sophia.trainer.trainer_sophia import TrainerSophia
@@ -33,7 +33,7 @@ _K = 2
 _BETAS = (0.9, 0.95)
 
 #: The share to clip that recommendations aim at.
-TARGET = 0.1
+TARGET: float = AUTO_DEFAULTS["target_clip_fraction"]
 
 #: What counts as few: predictions in a refresh, refreshes in a run.
 FEW_TOKENS = 256
@@ -212,7 +212,7 @@ def diagnose(
     try:
         if name == "sophia":
             options = constructor_options("sophia", trainer.args, _BETAS)
-            diagnosis.rho = options.get("rho", 0.03)
+            diagnosis.rho = options["rho"]
             diagnosis.k = options.get("k", diagnosis.k)
             asked = dict(options)
         options |= {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}

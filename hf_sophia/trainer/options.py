@@ -91,6 +91,15 @@ OPTION_TABLES = {
     ),
 }
 
+#: Sophia's under a Trainer while rho is not a number; docs/evidence.md says why. With a number they
+#: are the paper's, which are the constructor's.
+AUTO_DEFAULTS: dict[str, Any] = {
+    "rho": AUTO,
+    "target_clip_fraction": 0.1,
+    "nesterov": True,
+    "bias_correction": True,
+}
+
 #: Options that TrainingArguments has fields of its own for.
 _ARGUMENT_OF = {
     "lr": "--learning_rate",
@@ -151,7 +160,8 @@ def constructor_options(name: str, args: Any, default_betas: tuple[float, float]
     """Return the constructor's options as the training arguments ask for them, and log them.
 
     Betas come from `optim_args`, else from `--adam_beta1/2` where these were changed from their
-    default, else from the optimizer itself: AdamW's defaults are not Sophia's.
+    default, else from the optimizer itself: AdamW's defaults are not Sophia's. Sophia's other
+    options are `AUTO_DEFAULTS` unless rho is a number.
 
     Args:
         name: `"sophia"`, `"adam"` or `"radam"`.
@@ -166,6 +176,8 @@ def constructor_options(name: str, args: Any, default_betas: tuple[float, float]
         ValueError: As `parse_optim_args`.
     """
     options = parse_optim_args(name, args.optim_args)
+    if name == "sophia" and options.get("rho", AUTO) == AUTO:
+        options = {**AUTO_DEFAULTS, **options}
     betas, sources = [], []
     for index, own in enumerate(default_betas, start=1):
         beta, source = own, f"{name}'s default"

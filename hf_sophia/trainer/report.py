@@ -3,6 +3,7 @@
 import torch
 
 from hf_sophia.trainer.diagnosis import LADDER, TARGET, Curvature, Diagnosis
+from hf_sophia.trainer.options import AUTO_DEFAULTS
 
 _QUANTILES = (0.01, 0.5, 0.99)
 
@@ -84,9 +85,9 @@ def _ladder(diagnosis: Diagnosis) -> str:
 
 
 def _recommended(diagnosis: Diagnosis) -> str:
-    options = f"rho=auto,target_clip_fraction={TARGET:g},nesterov=true,bias_correction=true"
+    defaults = ",".join(f"{name}={value}".lower() for name, value in AUTO_DEFAULTS.items())
     lines = [
-        ("options", f"`--optim sophia --optim_args {options}`"),
+        ("options", f"`--optim sophia`, whose defaults are {defaults}"),
         ("fixed rho that clips as much at first", f"{diagnosis.rho_for(TARGET):.2g}"),
     ]
     rates = diagnosis.learning_rates()

@@ -110,7 +110,8 @@ def read_study(path: Path) -> Study:
     """Read a study.
 
     Args:
-        path: A YAML file; `configs/compare_*.yaml` are examples.
+        path: A YAML file; those in `benchmarks/studies` are examples. `extends: FILE` takes over
+            what is in another one beside it; null takes a name of it away.
 
     Returns:
         The study.
@@ -119,7 +120,7 @@ def read_study(path: Path) -> Study:
         FileNotFoundError: There is no such file.
         ValueError: Something in it is missing, unknown or not comparable; the message says what.
     """
-    values = read_yaml(path)
+    values = _read_extended(path)
     _check_names(
         path,
         values,
@@ -168,6 +169,26 @@ def read_study(path: Path) -> Study:
     return Study(
         candidates, values["reference"], tuple(values["seeds"]), values.get("subject"), ablations
     )
+
+
+def _read_extended(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if (base := values.pop("extends", None)) is None:
+        return values
+    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
+        raise ValueError(f"{path}: extends must name another file, got {base!r}")
+    return _overlaid(_read_extended(path.parent / base), values)
+
+
+def _overlaid(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values with those of `new` in their place; lists are replaced as a whole."""
+    both = {
+        name: _overlaid(old[name], value)
+        if isinstance(value, dict) and isinstance(old.get(name), dict)
+        else value
+        for name, value in new.items()
+    }
+    return _merged(old, both)
 
 
 def _check_names(where: object, values: Any, needed: set[str], optional: set[str]) -> None:

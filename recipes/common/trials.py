@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def run_trials(records: Records, trials: Iterable[Trial], processes: int) -> Non
     if not missing:
         return
     threads = max((os.cpu_count() or 1) // processes, 1)
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,))
     with pool:
         running = [pool.submit(run_trial, trial) for trial in missing]
         try:
@@ -132,6 +133,17 @@ def run_trials(records: Records, trials: Iterable[Trial], processes: int) -> Non
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+    def end_with_the_parent() -> None:
+        # A pool's processes outlive a parent that is killed, and would go on with its queue.
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=end_with_the_parent, daemon=True).start()
 
 
 def describe(record: Record) -> str:

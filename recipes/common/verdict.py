@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from common.study import Trial
 from common.trials import Record
@@ -33,7 +33,7 @@ def table(lines: Sequence[Line], reference: Line) -> str:
     """Make a Markdown table, the lowest loss first.
 
     Steps and wall-clock are those to the reference's best loss of the same seed, over what the
-    reference takes to it. Wall-clock counts steps by the line's mean seconds per step.
+    reference takes to it. Wall-clock counts steps by the line's seconds per step.
 
     Args:
         lines: What to compare.
@@ -81,8 +81,8 @@ def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[fl
 
 
 def seconds_per_step(line: Line) -> float:
-    """Return the mean wall-clock time of a step, evaluations left out."""
-    return sum(r.seconds for r in line.records) / max(sum(r.steps for r in line.records), 1)
+    """Return the median over runs of the wall-clock time of a step, evaluations left out."""
+    return median(record.seconds / max(record.steps, 1) for record in line.records)
 
 
 def _spread(values: Sequence[float], *, sign: bool = False) -> str:

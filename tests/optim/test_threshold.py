@@ -135,6 +135,27 @@ def test_what_never_moves_or_has_no_curvature_does_no_harm() -> None:
     torch.testing.assert_close(flat.detach(), torch.full((10,), -0.5))
 
 
+@pytest.mark.parametrize("scope", ["tensor", "group"])
+def test_coordinates_without_curvature_do_not_set_the_threshold(scope) -> None:
+    # As Hutchinson's estimate has them, and the biases of keys: |m| / eps is no scale of anything.
+    params = [torch.nn.Parameter(torch.ones(100)), torch.nn.Parameter(torch.ones(50))]
+    optimizer = Sophia(
+        params, lr=1e-3, betas=(0.0, 0.0), rho="auto", target_clip_fraction=0.2, rho_scope=scope
+    )
+    curvatures = [torch.ones(100), -torch.ones(50)]
+    curvatures[0][:40] = -1.0
+    grads = [torch.arange(1.0, 101.0), torch.arange(1.0, 51.0)]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    optimizer.update_hessian(dict(zip(params, curvatures, strict=True)))
+    optimizer.step()
+    rho = float(optimizer.state[params[0]]["rho"])
+    # Of 41 ... 100, those with curvature, a fifth is above.
+    assert 87.5 <= rho <= 89.0
+    other = float(optimizer.state[params[1]]["rho"])
+    assert other == rho if scope == "group" else other == pytest.approx(40.2e12, rel=0.01)
+
+
 @pytest.mark.filterwarnings("ignore:Sophia steps without")
 def test_before_the_first_refresh_it_takes_sign_steps() -> None:
     param = torch.nn.Parameter(torch.zeros(3))

@@ -95,6 +95,28 @@ def test_budgets_must_be_equal(write) -> None:
         read_study(write(optimizers=optimizers))
 
 
+def test_a_study_extends_another(write, tmp_path) -> None:
+    base = write()
+    shorter = tmp_path / "shorter.yaml"
+    changes = {
+        "extends": base.name,
+        "arguments": {"max_steps": 2},
+        "subject": None,
+        "ablations": None,
+        "optimizers": {"sophia": None, "adamw": {"variants": []}},
+    }
+    shorter.write_text(yaml.safe_dump(changes))
+    found = read_study(shorter)
+    assert list(found.candidates) == ["adamw"]
+    assert found.candidates["adamw"].variants == ()
+    assert found.candidates["adamw"].base.arguments == {"max_steps": 2}
+    assert found.seeds == (1, 2, 3)
+    assert found.subject is None
+    shorter.write_text(yaml.safe_dump({"extends": shorter.name}))
+    with pytest.raises(ValueError, match="extends must name another file"):
+        read_study(shorter)
+
+
 def test_the_best_of_each_runs_with_every_seed_and_nothing_twice(
     write, landscape, tmp_path, capsys
 ) -> None:

@@ -63,6 +63,31 @@ def test_bad_options_are_errors_that_list_the_known_ones(name, text, message) ->
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, {}),
+        ("k=5", {"k": 5}),
+        ("rho=auto,nesterov=false", {"nesterov": False}),
+        ("target_clip_fraction=0.3", {"target_clip_fraction": 0.3}),
+    ],
+)
+def test_without_a_number_for_rho_it_follows_the_data(text, expected, tmp_path) -> None:
+    args = TrainingArguments(tmp_path, optim="sophia", optim_args=text, learning_rate=1e-3)
+    options = constructor_options("sophia", args, (0.9, 0.95))
+    auto = {"rho": "auto", "target_clip_fraction": 0.1, "nesterov": True, "bias_correction": True}
+    assert options == {"lr": 1e-3, "betas": (0.9, 0.95), **auto, **expected}
+
+
+def test_with_a_number_for_rho_the_rest_is_the_papers(tmp_path) -> None:
+    args = TrainingArguments(tmp_path, optim="sophia", optim_args="rho=0.05", learning_rate=1e-3)
+    options = constructor_options("sophia", args, (0.9, 0.95))
+    assert options == {"lr": 1e-3, "betas": (0.9, 0.95), "rho": 0.05}
+    assert "nesterov" not in constructor_options(
+        "adam", TrainingArguments(tmp_path, optim="adam"), (0.9, 0.999)
+    )
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({}, (0.9, 0.95)),
