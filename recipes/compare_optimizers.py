@@ -12,6 +12,7 @@ Writes `results.json` (every trial with its evaluations), `table.md` and `compar
 """
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -50,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
         output = options.output or Path("runs") / options.study.stem
         records = Records(output / "results.json")
 
-    winners = tune(study, records, options.processes)
-    lines = run_seeds(study, records, winners, options.processes)
+        winners = tune(study, records, options.processes)
+        lines = run_seeds(study, records, winners, options.processes)
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "recipes/compare_optimizers.py", *arguments])
     write(study, records, lines, output, f"# {options.study.stem}\n\n`{command}`")
+    records.close()
     return lines
 
 
@@ -71,12 +73,17 @@ def tune(study: Study, records: Records, processes: int) -> dict[str, Trial]:
 
     Raises:
         SystemExit: A best learning rate lies at the edge of its grid.
+        ValueError: Every trial of a candidate failed, or its options are wrong.
     """
     seed = study.seeds[0]
     candidates = study.candidates
     # Point by point through all candidates, so that what else the machine does falls on all alike.
     grid = [c.at(rate, seed) for c in candidates.values() for rate in c.learning_rates]
     run_trials(records, grid, processes)
+    for name, c in candidates.items():
+        tried = [records[c.at(rate, seed)] for rate in c.learning_rates]
+        if not any(math.isfinite(record.best) for record in tried):
+            raise ValueError(f"every trial of {name} failed: {tried[0].failure or 'NaN'}")
     best = {name: best_rate(c, records, seed) for name, c in candidates.items()}
     at_edge = [
         f"{name}: {rate:g} of {', '.join(f'{r:g}' for r in candidates[name].learning_rates)}"

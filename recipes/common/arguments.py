@@ -83,7 +83,16 @@ def one_line_errors() -> Iterator[None]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 does and PyYAML does not."""
+    """Reads 1e-3 as a number and refuses names given twice, as YAML 1.2 does; PyYAML does not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a dictionary of a node's pairs."""
+        merge = "tag:yaml.org,2002:merge"  # `<<`, which PyYAML resolves below
+        names = [self.construct_object(n, deep=True) for n, _ in node.value if n.tag != merge]
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+            problem = f"{', '.join(twice)} given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

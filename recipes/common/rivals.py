@@ -133,7 +133,7 @@ class SecondMomentSophia(Sophia):
 
     All else, threshold, clip and momentum, is Sophia's, so that the comparison with it says what
     the Hessian is worth. The second moment is of the training gradients, bias-corrected, and is
-    brought up to date at every step, as in AdamW.
+    brought up to date at every step, as in AdamW; `rho="auto"` follows it every k steps.
 
     Args:
         params: Parameters or parameter groups.
@@ -154,12 +154,16 @@ class SecondMomentSophia(Sophia):
         self._moments: dict[torch.Tensor, torch.Tensor] = {}
         self._steps = 0
         # The average is taken here, of v itself.
-        super().__init__(params, betas=(betas[0], 0.0), k=1, **options)
+        super().__init__(params, betas=(betas[0], 0.0), **options)
 
     @property
     def hessian_due(self) -> bool:
         """Never, as no estimate is needed."""
         return False
+
+    def _before_updates(self, pairs: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
+        if (self._steps - 1) % self.param_groups[0]["k"] == 0:
+            super()._before_updates(pairs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -127,29 +127,15 @@ def read_study(path: Path) -> Study:
         {"recipe", "arguments", "seeds", "reference", "optimizers"},
         {"subject", "ablations", "validation_rows"},
     )
+    for name in ("arguments", "optimizers"):
+        _check_mapping(f"{path}: {name}", values[name])
+    if not isinstance(values["seeds"], list) or not all(
+        isinstance(seed, int) and seed >= 0 for seed in values["seeds"]
+    ):
+        raise ValueError(f"{path}: seeds must be a list of whole numbers, got {values['seeds']!r}")
     candidates = {}
     for name, options in values["optimizers"].items():
-        where = f"{path}: optimizers.{name}"
-        _check_names(
-            where, options, {"optim", "learning_rate"}, {"optim_args", "arguments", "variants"}
-        )
-        rates = options["learning_rate"]
-        if sorted(set(rates)) != rates or len(rates) < MIN_LEARNING_RATES:
-            raise ValueError(
-                f"{where}: learning_rate must hold at least {MIN_LEARNING_RATES} values in"
-                f" ascending order, got {rates}"
-            )
-        variants = options.get("variants", [])
-        for variant in variants:
-            _check_names(f"{where}.variants", variant, set(), {"optim_args", "arguments"})
-        base = Trial(
-            values["recipe"],
-            {**values["arguments"], **options.get("arguments", {})},
-            options["optim"],
-            options.get("optim_args", {}),
-            values.get("validation_rows"),
-        )
-        candidates[name] = Candidate(base, tuple(rates), tuple(variants))
+        candidates[name] = _read_candidate(f"{path}: optimizers.{name}", options, values)
     budgets = {name: len(c.learning_rates) + len(c.variants) for name, c in candidates.items()}
     if len(set(budgets.values())) > 1:
         raise ValueError(
@@ -157,18 +143,64 @@ def read_study(path: Path) -> Study:
             f" together, got {budgets}"
         )
     for name in ("reference", "subject"):
-        if values.get(name) not in {*candidates, None}:
+        if name in values and values[name] not in candidates:
             raise ValueError(f"{path}: {name} {values[name]!r} is not among {sorted(candidates)}")
     ablations = values.get("ablations", {})
+    _check_mapping(f"{path}: ablations", ablations)
     if ablations and not values.get("subject"):
         raise ValueError(f"{path}: ablations need a subject, the optimizer that they change")
     for name, change in ablations.items():
-        _check_names(f"{path}: ablations.{name}", change, set(), {"optim_args", "arguments"})
+        _check_change(f"{path}: ablations.{name}", change)
     if not values["seeds"] or len(set(values["seeds"])) < len(values["seeds"]):
         raise ValueError(f"{path}: seeds must be different numbers, got {values['seeds']}")
     return Study(
         candidates, values["reference"], tuple(values["seeds"]), values.get("subject"), ablations
     )
+
+
+def _read_candidate(where: str, options: Any, values: dict[str, Any]) -> Candidate:
+    _check_names(
+        where, options, {"optim", "learning_rate"}, {"optim_args", "arguments", "variants"}
+    )
+    rates = options["learning_rate"]
+    if (
+        not isinstance(rates, list)
+        or not all(isinstance(rate, int | float) and rate > 0 for rate in rates)
+        or sorted(set(rates)) != rates
+        or len(rates) < MIN_LEARNING_RATES
+    ):
+        raise ValueError(
+            f"{where}: learning_rate must hold at least {MIN_LEARNING_RATES} values > 0 in"
+            f" ascending order, got {rates!r}"
+        )
+    variants = options.get("variants", [])
+    if not isinstance(variants, list):
+        raise ValueError(f"{where}: variants must be a list, got {variants!r}")
+    for variant in variants:
+        _check_change(f"{where}: variants", variant)
+    for name in ("arguments", "optim_args"):
+        _check_mapping(f"{where}: {name}", options.get(name, {}))
+    base = Trial(
+        values["recipe"],
+        {**values["arguments"], **options.get("arguments", {})},
+        options["optim"],
+        options.get("optim_args", {}),
+        values.get("validation_rows"),
+    )
+    if len({base.key, *(base.changed(**variant).key for variant in variants)}) <= len(variants):
+        raise ValueError(f"{where}: a variant is the same as the base or another variant")
+    return Candidate(base, tuple(rates), tuple(variants))
+
+
+def _check_change(where: str, change: Any) -> None:
+    _check_names(where, change, set(), {"optim_args", "arguments"})
+    for name, options in change.items():
+        _check_mapping(f"{where}.{name}", options)
+
+
+def _check_mapping(where: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: wanted 'name: value' lines, got {values!r}")
 
 
 def _read_extended(path: Path) -> dict[str, Any]:
@@ -192,8 +224,7 @@ def _overlaid(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(where: object, values: Any, needed: set[str], optional: set[str]) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: wanted 'name: value' lines, got {values!r}")
+    _check_mapping(str(where), values)
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     if unknown := sorted(values.keys() - needed - optional):

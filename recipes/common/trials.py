@@ -1,7 +1,9 @@
 """Run trials, some at a time, and keep their records so that nothing is run twice."""
 
+import fcntl
 import importlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -46,14 +48,16 @@ class Record:
 
     @property
     def best(self) -> float:
-        """The lowest validation loss; infinite where the run failed or diverged."""
-        losses = [loss for _, loss in self.evaluations if loss == loss]
-        return float("inf") if self.failure or not losses else min(losses)
+        """The lowest validation loss; infinite where the run failed or ended in NaN."""
+        losses = [loss for _, loss in self.evaluations]
+        if self.failure or not losses or not math.isfinite(losses[-1]):
+            return math.inf
+        return min(loss for loss in losses if math.isfinite(loss))
 
     def steps_to(self, loss: float) -> float | None:
         """Return the steps to a validation loss, linear between evaluations; None: never."""
         before = None
-        for step, reached in () if self.failure else self.evaluations:
+        for step, reached in self.evaluations if math.isfinite(self.best) else ():
             if reached <= loss:
                 if before is None or before[1] == reached:
                     return float(step)
@@ -70,11 +74,18 @@ class Records:
         path: The JSON file; made with the first record.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file holds something else, or another process adds records to it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Held until the process ends: a second one would overwrite what this one adds.
+        self._lock = path.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another study is writing to {path}") from None
         self._records: dict[str, Record] = {}
         if path.exists():
             try:
@@ -88,6 +99,10 @@ class Records:
                 raise ValueError(
                     f"{path} holds no records of trials ({error}): choose another --output"
                 ) from error
+
+    def close(self) -> None:
+        """Let others add records."""
+        self._lock.close()
 
     def __getitem__(self, trial: Trial) -> Record:
         return self._records[trial.key]
@@ -104,7 +119,6 @@ class Records:
         """Add a record and write them all."""
         self._records[Trial(**record.trial).key] = record
         lines = ",\n".join(json.dumps(asdict(r)) for r in self._records.values())
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         new = self._path.with_suffix(".new")
         new.write_text(f'{{"records": [\n{lines}\n]}}\n', encoding="utf-8")
         os.replace(new, self._path)
@@ -164,42 +178,55 @@ def run_trial(trial: Trial) -> Record:
         trial: The trial.
 
     Returns:
-        Its record. An error of the optimizer or the model, such as NaN, is a failed trial.
+        Its record. A ValueError while it trains, such as a gradient that holds NaN, makes it a
+        failed one.
 
     Raises:
-        SystemExit: The recipe does not accept the trial's options.
+        ValueError: The recipe or the optimizer does not accept the trial's options.
     """
     rival = RIVALS.get(trial.optim)
     named = {} if rival else {"optim": trial.optim, "optim_args": _joined(trial.optim_args)}
     with tempfile.TemporaryDirectory() as folder:
-        # Of the rival's own options none is the command line's.
-        options = {"optim": "adamw_torch", "optim_args": ""} | {**trial.arguments, **named}
-        options |= _QUIET | {"output_dir": folder}
-        argv = [f"--{name}={value}" for name, value in options.items()]
+        nothing = Path(folder) / "nothing.yaml"
+        nothing.touch()
+        # The study says everything: the recipe's own configuration may change, records stay.
+        options = {"config": nothing, "optim": "adamw_torch", "optim_args": ""}
+        options |= {**trial.arguments, **named, **_QUIET, "output_dir": folder}
+        argv = [f"--{name}={_written(value)}" for name, value in options.items()]
         failure = None
         log = Path(folder) / "log.txt"
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            trainer = importlib.import_module(trial.recipe).prepare(argv).trainer
-            if trial.validation_rows:
-                rows = trainer.eval_dataset
-                every = max(len(rows) // trial.validation_rows, 1)
-                trainer.eval_dataset = rows.select(range(0, len(rows), every))
-            if rival:
-                kind, own = rival(trainer.model, dict(trial.optim_args))
-                rate = trainer.args.learning_rate
-                trainer.optimizer_cls_and_kwargs = (kind, {"lr": rate, **own})
+            try:
+                trainer = importlib.import_module(trial.recipe).prepare(argv).trainer
+                if trial.validation_rows:
+                    rows = trainer.eval_dataset
+                    every = max(len(rows) // trial.validation_rows, 1)
+                    trainer.eval_dataset = rows.select(range(0, len(rows), every))
+                if rival:
+                    kind, own = rival(trainer.model, dict(trial.optim_args))
+                    rate = trainer.args.learning_rate
+                    trainer.optimizer_cls_and_kwargs = (kind, {"lr": rate, **own})
+                trainer.create_optimizer()  # its options are checked here
+            except (SystemExit, ValueError, TypeError, OSError, ImportError) as error:
+                reason = str(error)
+                file.flush()
+                if isinstance(error, SystemExit) and not isinstance(error.code, str):
+                    reason = log.read_text().strip().splitlines()[-1]  # argparse has printed it
+                raise ValueError(f"{trial.optim} {dict(trial.optim_args)}: {reason}") from error
             try:
                 trainer.train()
-            except (ValueError, RuntimeError) as error:
+            except ValueError as error:
                 failure = f"{type(error).__name__}: {error}".splitlines()[0]
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    whole = next((e["train_runtime"] for e in history if "train_runtime" in e), 0.0)
+    spent = sum(entry["eval_runtime"] for entry in evaluations)
+    # There is none of a run that failed.
+    whole = next((e["train_runtime"] for e in history if "train_runtime" in e), spent)
     return Record(
         asdict(trial),
         tuple((entry["step"], entry["eval_loss"]) for entry in evaluations),
         trainer.state.global_step,
-        whole - sum(entry["eval_runtime"] for entry in evaluations),
+        whole - spent,
         failure,
         {
             "device": str(trainer.args.device),
@@ -214,3 +241,7 @@ def run_trial(trial: Trial) -> Record:
 
 def _joined(options: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in options.items())
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, Mapping) else str(value)

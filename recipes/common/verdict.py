@@ -1,5 +1,6 @@
 """What the records of a study say: a table and a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,14 @@ class Line:
 
     @property
     def losses(self) -> list[float]:
-        """The best validation loss with each seed."""
+        """The best validation loss with each seed; infinite where a run failed."""
         return [record.best for record in self.records]
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """What lines are sorted by: first the number of runs that failed, then the mean loss."""
+        reached = [loss for loss in self.losses if math.isfinite(loss)]
+        return len(self.losses) - len(reached), mean(reached) if reached else math.inf
 
 
 def table(lines: Sequence[Line], reference: Line) -> str:
@@ -44,7 +51,7 @@ def table(lines: Sequence[Line], reference: Line) -> str:
         " | settings |",
         "|---|---|---|---|---|---|---|",
     ]
-    for line in sorted(lines, key=lambda line: mean(line.losses)):
+    for line in sorted(lines, key=lambda line: line.rank):
         ours, theirs = line.losses, reference.losses
         gaps = [own - other for own, other in zip(ours, theirs, strict=True)]
         rows.append(
@@ -72,6 +79,8 @@ def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[fl
         timed: Return ratios of wall-clock instead.
     """
     pace = seconds_per_step(line) / seconds_per_step(reference) if timed else 1.0
+    if timed and line.records[0].environment != reference.records[0].environment:
+        pace = math.nan
     ratios: list[float | None] = []
     for own, other in zip(line.records, reference.records, strict=True):
         steps = own.steps_to(other.best)
@@ -81,19 +90,32 @@ def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[fl
 
 
 def seconds_per_step(line: Line) -> float:
-    """Return the median over runs of the wall-clock time of a step, evaluations left out."""
-    return median(record.seconds / max(record.steps, 1) for record in line.records)
+    """Return the median over whole runs of a step's wall-clock time, evaluations left out.
+
+    NaN where no run was whole, or where they ran in different environments.
+    """
+    if len({str(record.environment) for record in line.records}) > 1:
+        return math.nan
+    whole = [record for record in line.records if not record.failure and record.steps]
+    return median(r.seconds / r.steps for r in whole) if whole else math.nan
 
 
 def _spread(values: Sequence[float], *, sign: bool = False) -> str:
-    shown = f"{mean(values):+.3f}" if sign else f"{mean(values):.3f}"
-    return shown if len(values) < 2 else f"{shown} ± {stdev(values):.3f}"
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "failed"
+    shown = f"{mean(finite):+.3f}" if sign else f"{mean(finite):.3f}"
+    if len(finite) > 1:
+        shown += f" ± {stdev(finite):.3f}"
+    return shown if len(finite) == len(values) else f"{shown} ({len(finite)} of {len(values)})"
 
 
 def _ratio(ratios: Sequence[float | None]) -> str:
     reached = [ratio for ratio in ratios if ratio is not None]
     if not reached:
         return "never"
+    if any(math.isnan(ratio) for ratio in reached):
+        return "unknown"
     shown = f"{mean(reached):.2f}"
     return shown if len(reached) == len(ratios) else f"{shown} ({len(reached)} of {len(ratios)})"
 
@@ -126,19 +148,17 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5.0), layout="constrained")
-    for line in sorted(lines, key=lambda line: mean(line.losses)):
-        curves = [record.evaluations for record in line.records if not record.failure]
+    for line in sorted(lines, key=lambda line: line.rank):
+        curves = [record.evaluations for record in line.records if math.isfinite(record.best)]
         if curves:
             steps = [step for step, _ in curves[0]]
             means = [mean(loss for _, loss in point) for point in zip(*curves, strict=True)]
-            axes.plot(steps, means, label=f"{line.name}: {mean(line.losses):.3f}", linewidth=1.3)
+            axes.plot(steps, means, label=f"{line.name}: {line.rank[1]:.3f}", linewidth=1.3)
     # The first evaluations would squeeze the rest, where the curves part.
-    finite = [r.evaluations for line in lines for r in line.records if r.best < float("inf")]
-    if finite:
-        axes.set_ylim(
-            min(record.best for line in lines for record in line.records) - 0.05,
-            max(evaluations[len(evaluations) // 3][1] for evaluations in finite),
-        )
+    whole = [r for line in lines for r in line.records if math.isfinite(r.best)]
+    early = [record.evaluations[len(record.evaluations) // 3][1] for record in whole]
+    if early := [loss for loss in early if math.isfinite(loss)]:
+        axes.set_ylim(min(record.best for record in whole) - 0.05, max(early))
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("validation loss (nats)")
     axes.set_title(title)

@@ -1,7 +1,8 @@
 """Comparing optimizers: what is refused, what is run, and what is said of it."""
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from common.study import Trial, read_study
 from common.trials import Record, Records, run_trial
-from common.verdict import Line, steps_ratios, table
+from common.verdict import Line, plot, seconds_per_step, steps_ratios, table
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -72,13 +73,35 @@ def landscape(monkeypatch) -> list[Trial]:
         ({"subject": None}, "ablations need a subject"),
         ({"ablations": {"k": {"k": 1}}}, "ablations.k: unknown k"),
         ({"optimizers": {"adamw": [1]}}, "optimizers.adamw: wanted"),
+        ({"optimizers": [1]}, "optimizers: wanted"),
+        ({"ablations": ["k"]}, "ablations: wanted"),
+        ({"arguments": [1]}, "arguments: wanted"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, got 3"),
+        ({"seeds": ["a"]}, "seeds must be a list of whole numbers"),
+        ({"reference": ""}, "reference '' is not among"),
+        (
+            {"optimizers": {"adamw": {"optim": "a", "learning_rate": 1e-3}}},
+            "at least 4 values > 0 in ascending order, got 0.001",
+        ),
+        (
+            {"optimizers": {"adamw": {"optim": "a", "learning_rate": [-1, 1, 2, 3]}}},
+            "at least 4 values > 0 in ascending order",
+        ),
+        (
+            {"optimizers": {"a": {"optim": "a", "learning_rate": [1, 2, 3, 4], "variants": [{}]}}},
+            "a variant is the same as the base",
+        ),
+        (
+            {"optimizers": {"a": {"optim": "a", "learning_rate": [1, 2, 3, 4], "optim_args": "k"}}},
+            "optim_args: wanted",
+        ),
         (
             {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 2, 3]}}},
-            "at least 4 values in ascending order",
+            "at least 4 values > 0 in ascending order",
         ),
         (
             {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 3, 2, 4]}}},
-            "at least 4 values in ascending order",
+            "at least 4 values > 0 in ascending order",
         ),
     ],
 )
@@ -180,15 +203,78 @@ def test_steps_are_counted_between_evaluations_and_failures_never_win() -> None:
     assert "| never | never |" in rows[-1]
 
 
+def test_what_diverged_is_said_and_spoils_nothing(tmp_path) -> None:
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
+    good = [record(trial, [5.0, 4.0, loss], 30.0) for loss in (3.0, 3.2, 3.4)]
+    failed = record(trial, [5.0], -1.0, failure="ValueError: NaN")
+    diverged = record(trial, [3.5, float("nan"), float("nan")], 30.0)
+    assert diverged.best == float("inf")
+    reference = Line("a", trial, good)
+    some, none = Line("b", trial, [good[0], failed, diverged]), Line("c", trial, [failed] * 3)
+    rows = table([reference, some, none], reference).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["a", "b", "c"]
+    assert "| 3.000 (1 of 3) | +0.000 (1 of 3) | 1.00 (1 of 3) |" in rows[1]
+    assert "| failed | failed | never | never |" in rows[2]
+    assert seconds_per_step(some) == 1.0
+    assert plot([reference, some, none], tmp_path / "p.png", "t").stat().st_size > 5_000
+    assert plot([none], tmp_path / "q.png", "t").exists()
+
+
+def test_times_of_different_machines_are_not_compared() -> None:
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
+    here, there = (
+        record(trial, [5.0, 4.0]),
+        replace(record(trial, [5.0, 4.0]), environment={"t": 2}),
+    )
+    rows = table([Line("a", trial, [here]), Line("b", trial, [there])], Line("a", trial, [here]))
+    assert "| 1.00 | unknown |" in rows
+    assert "| 1.00 | 1.00 |" in rows
+
+
+def test_an_optimizer_that_always_fails_is_no_edge(write, tmp_path, monkeypatch) -> None:
+    def fail(records: Records, trials, processes: int) -> None:
+        for trial in records.missing(trials):
+            records.add(record(trial, [], failure="ValueError: NaN at step 3"))
+
+    monkeypatch.setattr(compare_optimizers, "run_trials", fail)
+    with pytest.raises(SystemExit, match="every trial of adamw failed: ValueError: NaN at step 3"):
+        compare_optimizers.main([str(write()), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "arguments", "message"),
+    [
+        ("sophia", {"roh": 1}, {}, "unknown option 'roh'"),
+        ("nadamw", {"beta1": 0.9}, {}, "unexpected keyword argument 'beta1'"),
+        ("sophia", {}, {"colour": 1}, "unrecognized arguments: --colour=1"),
+        ("sophia", {}, {"n_head": 3}, "n_embd=16 is not a multiple of n_head=3"),
+        ("adamw", {}, {}, "invalid choice: 'adamw'"),
+    ],
+)
+def test_wrong_options_of_a_trial_end_the_study_with_a_message(
+    optim, optim_args, arguments, message, write_rows, options
+) -> None:
+    rows = write_rows([{"text": f"{i} and {i * i} make {i + i * i}."} for i in range(200)])
+    given = dict(option[2:].split("=", 1) for option in options(train_file=rows))
+    trial = Trial("pretrain_gpt2", {**given, "seed": 1, **arguments}, optim, optim_args)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_trial(trial)
+
+
 def test_records_survive_and_foreign_files_are_refused(tmp_path) -> None:
     path = tmp_path / "results.json"
     trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {"betas": [0.9, 0.95]})
-    Records(path).add(record(trial, [5.0, 4.0]))
+    records = Records(path)
+    records.add(record(trial, [5.0, 4.0]))
+    with pytest.raises(ValueError, match="another study is writing to"):
+        Records(path)
+    records.close()
     again = Records(path)
     assert again.missing([trial, trial.changed({"seed": 2}), trial.changed({"seed": 2})]) == [
         trial.changed({"seed": 2})
     ]
     assert again[trial] == record(trial, [5.0, 4.0])
+    again.close()
     path.write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match="results.json holds no records of trials"):
         Records(path)
@@ -210,6 +296,10 @@ def test_a_trial_trains_with_the_optimizer_it_names(
     rows = write_rows([{"text": f"{i} and {i * i} make {i + i * i}."} for i in range(200)])
     given = dict(option[2:].split("=", 1) for option in options(train_file=rows))
     given |= {"learning_rate": 5e-3, "seed": 1, "eval_strategy": "steps", "block_size": 16}
+    given |= {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    }
     trial = Trial("pretrain_gpt2", given, optim, optim_args, validation_rows=5)
     result = run_trial(trial)
     assert result.failure is None

@@ -85,6 +85,18 @@ def test_second_moments_take_the_hessians_place(power) -> None:
     torch.testing.assert_close(moved, theta, rtol=1e-12, atol=0)
 
 
+def test_their_threshold_follows_as_often_as_sophias() -> None:
+    param = nn.Parameter(torch.ones(50))
+    optimizer = SecondMomentSophia([param], lr=0.01, rho="auto", k=4)
+    thresholds = []
+    for grad in gradients(50):
+        param.grad = grad.float()
+        optimizer.step()
+        thresholds.append(float(optimizer.state[param]["rho"]))
+    changes = [i for i in range(1, STEPS) if thresholds[i] != thresholds[i - 1]]
+    assert changes == [4, 8]
+
+
 def test_hidden_matrices_are_neither_embeddings_nor_heads(tiny_gpt2) -> None:
     model = tiny_gpt2()
     names = {name for name, p in model.named_parameters() if p in hidden_matrices(model)}
