@@ -3,16 +3,17 @@
     hf-sophia doctor run_clm.py --optim sophia --learning_rate 1e-3 ...
     hf-sophia doctor --steps 40 --adamw-lr 3e-4 train.py ...
 
-The script runs until its Trainer would train. A few of its steps are then taken with a learning
+The script runs until its Trainer would train. Some of its steps are then taken with a learning
 rate of 0, and what they show is printed: the head, what a refresh counts and costs, the spectrum of
 the Hessian, what a ladder of rho would clip, which rho and learning rate to try, and what would be
 wrong or slow. Nothing of the script after that runs. From Python: `hf_sophia.diagnose(trainer)`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_sophia.run import run_script, script_path
 
@@ -30,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-sophia doctor", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=20, help="Steps to look at (default 20)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="Steps to look at (default 20, or 2 / (1 - beta1) where that is more)",
+    )
     parser.add_argument(
         "--adamw-lr",
         type=float,
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("script", help="The script that would train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="The script's own arguments")
     options = parser.parse_args(argv)
-    if options.steps < 4:
+    if options.steps is not None and options.steps < 4:
         parser.error(f"--steps must be at least 4, got {options.steps}")
     if options.adamw_lr is not None and not options.adamw_lr > 0:
         parser.error(f"--adamw-lr must be > 0, got {options.adamw_lr}")
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers.trainer import Trainer
 
-    from hf_sophia.trainer.diagnosis import diagnose
+    from hf_sophia.trainer.diagnosis import Finding, diagnose
     from hf_sophia.trainer.injection import inject
     from hf_sophia.trainer.report import report
 
@@ -58,14 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             diagnosis = diagnose(trainer, options.steps, options.adamw_lr)
         except ValueError as error:
-            sys.exit(f"hf-sophia doctor: {error}")
+            print(f"hf-sophia doctor: {error}", file=sys.stderr)
+            _end(1)
+        if kwargs.get("resume_from_checkpoint") or args[:1] not in ((), (None,), (False,)):
+            note = "the weights are those before the checkpoint that the script resumes from"
+            diagnosis.findings.append(Finding("note", note))
         print(f"\n{report(diagnosis)}")
-        sys.exit(1 if diagnosis.failed else 0)
+        _end(1 if diagnosis.failed else 0)
 
     inject()
     Trainer.train = examine
     run_script(path, [options.script, *options.arguments])
     sys.exit("hf-sophia doctor: the script ended without training")
+
+
+def _end(code: int) -> NoReturn:
+    """End the process; a script's `except` or `finally` could save what never trained."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,11 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
             raise ValueError("streaming needs --tokenizer_name: one is trained on whole texts only")
         if corpus_args.streaming and args.max_steps <= 0:
             raise ValueError("streaming needs --max_steps: a stream's length is not known")
+        if corpus_args.streaming and args.dataloader_num_workers:
+            raise ValueError(
+                "streaming reads in the main process: set --dataloader_num_workers 0, or the"
+                " documents held out would be other ones for each worker"
+            )
         corpus = load_corpus(corpus_args)
         if model_args.tokenizer_name:
             tokenizer = AutoTokenizer.from_pretrained(

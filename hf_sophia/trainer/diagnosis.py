@@ -7,17 +7,20 @@ run's first steps, from which the clipping for any rho follows.
 
 import copy
 import logging
+import math
 import re
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 
+from hf_sophia.optim import Sophia
 from hf_sophia.optim.threshold import CoordinateSample
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.health import HEALTHY_CLIPPING
@@ -39,6 +42,19 @@ TARGET: float = AUTO_DEFAULTS["target_clip_fraction"]
 FEW_TOKENS = 256
 FEW_REFRESHES = 20
 
+#: What a Sophia that the user made tells of itself.
+_OPTIONS = (
+    "betas",
+    "eps",
+    "rho",
+    "k",
+    "hessian_computation_type",
+    "target_clip_fraction",
+    "rho_scope",
+    "nesterov",
+    "bias_correction",
+)
+
 #: The bound on the curvature that Sophia has unless the arguments say otherwise.
 _EPS = 1e-12
 
@@ -59,6 +75,29 @@ class Finding:
     message: str
 
 
+class Sample(NamedTuple):
+    """The sampled coordinates of one tensor; all of shape (sampled coordinates,).
+
+    Args:
+        n: What the step divides by h and clips: |m|, with Nesterov's momentum its look ahead.
+        m: |m|, what AdamW divides.
+        h: The Hessian, at least eps.
+        square: The mean square of the gradients.
+        weight: How many coordinates each of these stands for.
+    """
+
+    n: torch.Tensor
+    m: torch.Tensor
+    h: torch.Tensor
+    square: torch.Tensor
+    weight: float
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        """What rho is compared with."""
+        return self.n / self.h
+
+
 @dataclass(frozen=True)
 class Curvature:
     """The sampled coordinates of the parameters of one kind.
@@ -66,13 +105,12 @@ class Curvature:
     Args:
         kind: Their name, with `*` for the layer's number.
         size: Coordinates in all.
-        tensors: For each tensor |m|, h and the mean square of the gradients, each of shape
-            (sampled coordinates,), and how many coordinates each of them stands for.
+        tensors: One for each tensor that a gradient reaches.
     """
 
     kind: str
     size: int
-    tensors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
+    tensors: list[Sample]
 
 
 @dataclass
@@ -120,12 +158,12 @@ class Diagnosis:
         return (self.refresh_seconds / self.plain_seconds - 1.0) / self.k
 
     def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return |m| / h of all sampled coordinates that move, ascending, and their weights."""
+        """Return n / h of all sampled coordinates that move, ascending, and their weights."""
         parts = [part for curvature in self.curvatures for part in curvature.tensors]
-        ratios = torch.cat([m / h for m, h, _, _ in parts])
-        weights = torch.cat([torch.full_like(m, weight) for m, _, _, weight in parts])
-        ratios, order = ratios[ratios > 0].sort()
-        moving = torch.cat([m / h for m, h, _, _ in parts]) > 0
+        ratios = torch.cat([part.ratio for part in parts])
+        weights = torch.cat([torch.full_like(part.n, part.weight) for part in parts])
+        moving = ratios > 0
+        ratios, order = ratios[moving].sort()
         return ratios, weights[moving][order]
 
     def clip_fraction(self, rho: float) -> float:
@@ -150,13 +188,14 @@ class Diagnosis:
             return None
         ours = theirs = 0.0
         for curvature in self.curvatures:
-            for m, h, square, weight in curvature.tensors:
-                ratio = m / h
+            for part in curvature.tensors:
+                ratio = part.ratio
                 if not (moving := ratio > 0).any():
                     continue
                 rho = ratio[moving].quantile(1.0 - TARGET)
-                ours += weight * float((ratio / rho).clamp(max=1.0).square().sum())
-                theirs += weight * float((m[moving].square() / square[moving]).sum())
+                ours += part.weight * float((ratio / rho).clamp(max=1.0).square().sum())
+                adamw = part.m[moving].square() / part.square[moving]
+                theirs += part.weight * float(adamw.sum())
         if not ours:
             return None
         matched = self.adamw_lr * (theirs / ours) ** 0.5
@@ -164,17 +203,18 @@ class Diagnosis:
 
 
 def diagnose(
-    trainer: SophiaTrainerMixin, steps: int = 20, adamw_lr: float | None = None
+    trainer: SophiaTrainerMixin, steps: int | None = None, adamw_lr: float | None = None
 ) -> Diagnosis:
     """Take steps with a learning rate of 0 and say what Sophia would do in this run.
 
     The Trainer can train afterwards as if nothing had been: parameters, buffers, random numbers,
-    arguments, callbacks and optimizer are as before.
+    arguments, callbacks, optimizer and scheduler are as before. Rows that were read from an
+    iterator, which can be read once only, are gone.
 
     Args:
         trainer: A `SophiaTrainer` or another with the mixin, on one process, that has not trained.
-        steps: Optimizer steps to take, at least 4. Noise of m is what it will be in training after
-            about `2 / (1 - beta1)` of them.
+        steps: Optimizer steps to take, at least 4; None: 20, or `2 / (1 - beta1)` where that is
+            more, after which the noise of m is what it will be in training.
         adamw_lr: A learning rate that is known to be good for AdamW; None: the one of the
             arguments, where they name an AdamW.
 
@@ -197,7 +237,7 @@ def diagnose(
         )
     if trainer.train_dataset is None:
         raise ValueError("the Trainer has no train_dataset to take batches from")
-    if steps < 4:
+    if steps is not None and steps < 4:
         raise ValueError(f"steps must be at least 4, got {steps}")
     name = getattr(trainer.args.optim, "value", trainer.args.optim)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -206,16 +246,25 @@ def diagnose(
     diagnosis.adamw_lr = adamw_lr
     if adamw_lr is None and name.startswith("adamw"):
         diagnosis.adamw_lr = trainer.args.learning_rate
-    options: dict[str, Any] = {"betas": _BETAS}
-    asked = dict(options)
+    # What is recommended, where something else is asked for.
+    asked: dict[str, Any] = {"betas": _BETAS, **AUTO_DEFAULTS}
     watch = _Watch(trainer, model)
     try:
-        if name == "sophia":
-            options = constructor_options("sophia", trainer.args, _BETAS)
-            diagnosis.rho = options["rho"]
-            diagnosis.k = options.get("k", diagnosis.k)
-            asked = dict(options)
-        options |= {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
+        if isinstance(trainer.optimizer, Sophia):
+            group = trainer.optimizer.param_groups[0]
+            asked = {option: group[option] for option in _OPTIONS}
+        elif trainer.optimizer is not None and name == "sophia":
+            raise ValueError(
+                f"the Trainer was given a {type(trainer.optimizer).__name__} (optimizers=...), so"
+                " that --optim sophia would have no effect: leave it out"
+            )
+        elif name == "sophia":
+            asked = constructor_options("sophia", trainer.args, _BETAS)
+        if name == "sophia" or isinstance(trainer.optimizer, Sophia):
+            diagnosis.rho = asked["rho"]
+            diagnosis.k = asked.get("k", diagnosis.k)
+        steps = steps or max(20, round(2.0 / (1.0 - asked["betas"][0])))
+        options = asked | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
         with _looking(trainer, options, steps, watch, diagnosis.findings):
             trainer.train()
             optimizer = trainer._sophia
@@ -224,9 +273,11 @@ def diagnose(
                     f"{type(trainer).__name__} makes an optimizer of its own, so that"
                     " --optim sophia would have no effect: take its create_optimizer out"
                 )
-            _collect(diagnosis, model, optimizer, watch)
-    except (ValueError, RuntimeError, TypeError) as error:
-        diagnosis.findings.append(Finding("error", str(error)))
+            _collect(diagnosis, optimizer, watch, nesterov=asked.get("nesterov", False))
+    except Exception as error:
+        # Whatever it is would have ended the run.
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        diagnosis.findings.append(Finding("error", f"{kind}{error}"))
     diagnosis.head, diagnosis.way, diagnosis.tokens = watch.head, watch.way, watch.tokens
     if not diagnosis.failed:
         _judge(diagnosis, trainer, name, asked)
@@ -241,6 +292,7 @@ class _Watch(TrainerCallback):
         self.params = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.samples = {param: CoordinateSample(param) for param in self.params}
         self.squares: dict[torch.Tensor, torch.Tensor] = {}
+        self.last: dict[torch.Tensor, torch.Tensor] = {}
         self.seconds: list[float] = []
         self.bytes: list[int] = []
         self.tokens: list[int] = []
@@ -261,8 +313,8 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for param, sample in self.samples.items():
             if param.grad is not None:
-                square = sample.take(param.grad).float().square()
-                self.squares[param] = self.squares.get(param, 0.0) + square
+                self.last[param] = sample.take(param.grad).float()
+                self.squares[param] = self.squares.get(param, 0.0) + self.last[param].square()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds.append(self._clock() - self._began)
@@ -292,6 +344,7 @@ def _looking(
         "load_best_model_at_end": False,
         "push_to_hub": False,
         "auto_find_batch_size": False,
+        "eval_on_start": False,
         "disable_tqdm": True,
     }.items():
         setattr(args, name, value)
@@ -299,13 +352,18 @@ def _looking(
         "args": args,
         "optimizer": None,
         "lr_scheduler": None,
+        "model_init": None,
         "optimizer_cls_and_kwargs": (TrainerSophia, options),
         "sophia_head": _spied(trainer, watch),
         "state": copy.deepcopy(trainer.state),
         "control": copy.copy(trainer.control),
     }
-    held = {name: vars(trainer)[name] for name in replaced if name in vars(trainer)}
-    callbacks = trainer.callback_handler.callbacks
+    accelerator = trainer.accelerator
+    held = [
+        (vars(thing), _plainly_copied(vars(thing)))
+        for thing in (trainer, trainer.callback_handler, accelerator)
+    ]
+    scaler = accelerator.scaler and accelerator.scaler.state_dict()
     grads = {param: param.grad for param in watch.params}
     training = trainer.model.training
     listener = _Listener(findings)
@@ -314,20 +372,31 @@ def _looking(
     try:
         vars(trainer).update(replaced)
         trainer.callback_handler.callbacks = [DefaultFlowCallback(), watch]
-        with undisturbed(trainer.accelerator.unwrap_model(trainer.model), trainer.args.seed):
+        with undisturbed(accelerator.unwrap_model(trainer.model), trainer.args.seed):
             yield
     finally:
         logger.removeHandler(listener)
         watch.way = trainer._plan and f"{trainer._plan}: {trainer._plan.reason}"
-        trainer.callback_handler.callbacks = callbacks
-        for name in replaced:
-            vars(trainer).pop(name, None)
-        vars(trainer).update(held)
-        trainer._refresh = trainer._plan = trainer._hessian_tokens = None
-        trainer._left_out = False
+        for current, before in held:
+            current.clear()
+            current.update(before)
+        if scaler:
+            accelerator.scaler.load_state_dict(scaler)
         trainer.model.train(training)
         for param, grad in grads.items():
             param.grad = grad
+
+
+def _plainly_copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copy attributes: containers anew down to what is no container, all else as it is."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict) and type(value) in (dict, defaultdict):
+            fresh = {key: copied(inner) for key, inner in value.items()}
+            return defaultdict(value.default_factory, fresh) if type(value) is not dict else fresh
+        return [copied(inner) for inner in value] if type(value) is list else value
+
+    return {name: copied(value) for name, value in attributes.items()}
 
 
 def _spied(trainer: SophiaTrainerMixin, watch: _Watch) -> Callable[..., HeadOutput]:
@@ -356,7 +425,7 @@ class _Listener(logging.Handler):
 
 @torch.no_grad()
 def _collect(
-    diagnosis: Diagnosis, model: torch.nn.Module, optimizer: TrainerSophia, watch: _Watch
+    diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch, *, nesterov: bool
 ) -> None:
     """Take the sampled coordinates out of the optimizer's state, and the times."""
     if not watch.tokens:
@@ -367,7 +436,7 @@ def _collect(
     steps = len(watch.seconds)
     by_kind: dict[str, Curvature] = {}
     for group in optimizer.param_groups:
-        filled = 1.0 - group["betas"][0] ** steps
+        beta1 = group["betas"][0]
         for param in group["params"]:
             kind = re.sub(r"\.\d+(?=\.|$)", ".*", watch.params[param])
             found = by_kind.setdefault(kind, Curvature(kind, 0, []))
@@ -376,11 +445,13 @@ def _collect(
             if param not in watch.squares:
                 continue
             sample, state = watch.samples[param], optimizer.state[param]
-            m = sample.take(state["exp_avg"]).float().abs().cpu() / filled
+            m = sample.take(state["exp_avg"]).float() / (1.0 - beta1**steps)
+            n = m.lerp(watch.last[param], 1.0 - beta1) if nesterov else m
             h = sample.take(state["hessian"]).float().cpu() / (group["hessian_weight"] or 1.0)
             square = watch.squares[param].cpu() / steps
-            tensors = (m, h.clamp(min=group["eps"]), square, param.numel() / sample.size)
-            found.tensors.append(tensors)
+            weight = param.numel() / sample.size
+            h = h.clamp(min=group["eps"])
+            found.tensors.append(Sample(n.abs().cpu(), m.abs().cpu(), h, square, weight))
     diagnosis.curvatures = list(by_kind.values())
     # The first two steps allocate, and choose kernels.
     refreshing = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K == 0]
@@ -397,7 +468,7 @@ def _judge(
 ) -> None:
     """Say what is wrong or slow in a run that works."""
     add = diagnosis.findings.append
-    if name != "sophia":
+    if diagnosis.rho is None:
         add(
             Finding(
                 "note",
@@ -405,35 +476,53 @@ def _judge(
                 " give --optim sophia with the options below",
             )
         )
+    if isinstance(trainer.train_dataset, Iterator):
+        add(
+            Finding(
+                "warning",
+                "the data set is an iterator, which can be read once only: what was looked at is"
+                " gone, and a second epoch would be empty",
+            )
+        )
+    unreached = [c.kind for c in diagnosis.curvatures if not c.tensors]
+    if unreached:
+        add(
+            Finding(
+                "warning",
+                f"no gradient reaches {_listed(unreached)}: freeze what shall not train, or look"
+                " for what cuts the graph",
+            )
+        )
     still = [
         curvature.kind
         for curvature in diagnosis.curvatures
-        if not any((m > 0).any() for m, _, _, _ in curvature.tensors)
+        if curvature.tensors and not any((part.m > 0).any() for part in curvature.tensors)
     ]
     if still:
         add(
             Finding(
-                "warning",
-                f"no gradient reaches {_listed(still)}: freeze what shall not train, or look for"
-                " what cuts the graph",
+                "note",
+                f"the gradient of {_listed(still)} is 0 at the start, as behind weights that start"
+                " at 0 (LoRA's A): nothing below tells of them",
             )
         )
-    if not any((m / h > 0).any() for c in diagnosis.curvatures for m, h, _, _ in c.tensors):
+    if len(unreached) + len(still) == len(diagnosis.curvatures):
         add(Finding("error", "no parameter moves: the loss does not depend on any of them"))
         return
     eps = asked.get("eps", _EPS)
     flat = [
         curvature.kind
         for curvature in diagnosis.curvatures
-        if curvature.kind not in still and all((h <= eps).all() for _, h, _, _ in curvature.tensors)
+        if curvature.kind not in (*unreached, *still)
+        and all((part.h <= eps).all() for part in curvature.tensors)
     ]
     if flat:
         add(
             Finding(
                 "warning",
-                f"the Hessian of {_listed(flat)} is zero although gradients are not: their"
-                " coordinates take sign steps. Does the loss reach them other than through the"
-                " logits?",
+                f"the Hessian of {_listed(flat)} is at most eps={eps:g} although gradients are not"
+                " 0. Does the loss reach them other than through the logits, or is the model"
+                " that certain?",
             )
         )
     if min(diagnosis.tokens) < FEW_TOKENS:
@@ -458,7 +547,7 @@ def _judge(
                     f" or take rho={diagnosis.rho_for(TARGET):.2g}",
                 )
             )
-    steps = trainer.args.max_steps
+    steps = _steps_of(trainer)
     if 0 < steps < FEW_REFRESHES * diagnosis.k:
         add(
             Finding(
@@ -467,7 +556,7 @@ def _judge(
                 f" which the average of h takes in {1 / (1 - asked['betas'][1]):.0f}: a smaller k",
             )
         )
-    if name == "sophia" and not asked.get("bias_correction", False):
+    if diagnosis.rho is not None and not asked.get("bias_correction", False):
         add(
             Finding(
                 "note",
@@ -475,6 +564,19 @@ def _judge(
                 f" {diagnosis.k / (1 - asked['betas'][1]):.0f} steps, and clips more than later",
             )
         )
+
+
+def _steps_of(trainer: SophiaTrainerMixin) -> int:
+    """Return the optimizer steps that a run would take, or 0 where nobody knows."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:
+        return 0
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    return math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
 
 
 def _listed(names: list[str]) -> str:

@@ -61,10 +61,12 @@ def _spectrum(curvatures: list[Curvature]) -> str:
         if not curvature.tensors:
             rows.append((curvature.kind, f"{curvature.size:,}", *["no gradient"] * 5))
             continue
-        m, h = (torch.cat([tensors[i] for tensors in curvature.tensors]) for i in (0, 1))
+        m = torch.cat([part.m for part in curvature.tensors])
+        h = torch.cat([part.h for part in curvature.tensors])
         # By rank: each tensor's sample counts alike among tensors of one kind and size.
         quantiles = h.quantile(torch.tensor(_QUANTILES)).tolist()
-        ratio = (m / h)[m > 0]
+        ratio = torch.cat([part.ratio for part in curvature.tensors])
+        ratio = ratio[ratio > 0]
         rho = float(ratio.quantile(1.0 - TARGET)) if len(ratio) else 0.0
         rows.append(
             (

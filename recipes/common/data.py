@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,8 @@ def _load_files(files: dict[str, Path], streaming: bool) -> DatasetDict | Iterab
 def _hash_files(files: dict[str, Path]) -> str:
     digest = sha256()
     for path in files.values():
-        digest.update(sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """From documents to blocks of tokens: a byte-level BPE trained on the spot, then concatenation."""
 
+import itertools
 from collections.abc import Iterator, Sized
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -95,7 +96,7 @@ def make_blocks(
 
     Returns:
         Training and validation blocks, with columns `input_ids` and `labels`. Of a stream the
-        training blocks are cut as they are read.
+        training blocks are cut as they are read, pass after pass without an end.
 
     Raises:
         ValueError: There is less than one block of training or validation text, or the tokenizer
@@ -131,7 +132,10 @@ def _stream_blocks(
     documents: IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
 ) -> tuple[IterableDataset, Dataset]:
     blocks = {
-        split: rows.map(_BlockCutter(tokenizer, block_size), batched=True, remove_columns=["text"])
+        split: IterableDataset.from_generator(
+            _cut_blocks,
+            gen_kwargs={"rows": rows, "tokenizer": tokenizer, "block_size": block_size},
+        )
         for split, rows in documents.items()
     }
     # Read once: every evaluation uses it.
@@ -139,7 +143,29 @@ def _stream_blocks(
     _check_not_empty(rows, "validation", block_size)
     _check_not_empty(list(blocks["train"].take(1)), "training", block_size)
     shuffled = blocks["train"].shuffle(seed, buffer_size=SHUFFLED_BLOCKS)
-    return shuffled, Dataset.from_list(rows)
+    endless = IterableDataset.from_generator(_pass_after_pass, gen_kwargs={"blocks": shuffled})
+    return endless, Dataset.from_list(rows)
+
+
+def _cut_blocks(
+    rows: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Iterator[dict[str, list[int]]]:
+    """Cut a stream; each pass begins anew, so that it does not depend on the last one."""
+    cutter = _BlockCutter(tokenizer, block_size)
+    for batch in rows.batch(100):
+        for block in cutter(batch)["input_ids"]:
+            yield {"input_ids": block, "labels": block}
+
+
+def _pass_after_pass(blocks: IterableDataset) -> Iterator[dict[str, list[int]]]:
+    """Go through a stream for ever, each time in another order.
+
+    To the Trainer that is one epoch: a run that resumes skips what was read, in whichever pass it
+    was. Streams of several epochs would begin with the first one again.
+    """
+    for number in itertools.count():
+        blocks.set_epoch(number)
+        yield from blocks
 
 
 def _check_not_empty(blocks: Sized, name: str, block_size: int) -> None:

@@ -1,5 +1,6 @@
 """The recipes for GPT-2 on OpenWebText: their real shapes on paper, and a run of a scaled copy."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -81,13 +82,15 @@ def test_a_scaled_copy_trains(name, offline, tmp_path, capsys) -> None:
     assert saved.scale_attn_by_inverse_layer_idx == (name != "125m")
 
 
-def test_a_stream_resumes_where_it_was(offline, tmp_path) -> None:
-    argv = [f"--config={CONFIGS / 'gpt2_125m.yaml'}", *offline, "--gradient_accumulation_steps=2"]
-    argv += ["--max_steps=6", "--save_steps=3", "--eval_strategy=no"]
+@pytest.mark.parametrize("step", [3, 25], ids=["first pass", "third pass"])
+def test_a_stream_resumes_where_it_was(step, offline, tmp_path) -> None:
+    argv = [f"--config={CONFIGS / 'gpt2_125m.yaml'}", *offline, "--gradient_accumulation_steps=1"]
+    argv += [f"--max_steps={2 * step}", f"--save_steps={step}", "--eval_strategy=no"]
+    # 400 documents make fewer than 50 steps of 40 blocks.
+    argv += ["--per_device_train_batch_size=40", "--logging_steps=1"]
     whole = pretrain_gpt2.main(argv)
-    resumed = pretrain_gpt2.main(
-        [*argv, f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-3'}"]
-    )
+    checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+    resumed = pretrain_gpt2.main([*argv, f"--resume_from_checkpoint={checkpoint}"])
     assert resumed["eval_loss"] == whole["eval_loss"]
 
 
@@ -96,6 +99,7 @@ def test_a_stream_resumes_where_it_was(offline, tmp_path) -> None:
     [
         ("--tokenizer_name=", "streaming needs --tokenizer_name"),
         ("--max_steps=-1", "streaming needs --max_steps"),
+        ("--dataloader_num_workers=2", "set --dataloader_num_workers 0"),
         ("--validation_documents=0", "validation_documents must be at least 1, got 0"),
         ("--validation_documents=400", "the training text is too short"),
         ("--text_column=body", "has no column 'body'"),
@@ -106,11 +110,25 @@ def test_a_stream_that_cant_be_used_is_refused(option, message, offline, ends_in
     ends_in_one_line(pretrain_gpt2.main, argv, message)
 
 
+def test_each_pass_has_every_block_once_in_another_order(offline) -> None:
+    argv = [f"--config={CONFIGS / 'gpt2_125m.yaml'}", *offline, "--max_steps=2"]
+    trainer = pretrain_gpt2.prepare(argv).trainer
+    text = next(Path(option.split("=")[1]) for option in offline if "train_file" in option)
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    encoded = trainer.processing_class(documents[8:])["input_ids"]
+    count = sum(len(ids) + 1 for ids in encoded) // 32
+    stream = itertools.islice(trainer.train_dataset, 2 * count)
+    rows = [tuple(row["input_ids"]) for row in stream]
+    assert count > 1000
+    assert sorted(rows[:count]) == sorted(rows[count:])
+    assert rows[:count] != rows[count:]
+
+
 def test_held_out_documents_are_not_trained_on(offline) -> None:
     argv = [f"--config={CONFIGS / 'gpt2_125m.yaml'}", *offline, "--max_steps=2"]
     trainer = pretrain_gpt2.prepare(argv).trainer
     texts = [
-        {tuple(row["input_ids"]) for row in rows}
+        {tuple(row["input_ids"]) for row in itertools.islice(rows, 3000)}
         for rows in (trainer.train_dataset, trainer.eval_dataset)
     ]
     assert len(texts[0]) > 100

@@ -2,16 +2,30 @@
 
 import copy
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_sophia import SophiaTrainer, diagnose
+from hf_sophia import Sophia, SophiaTrainer, diagnose
 from hf_sophia.trainer.report import report
 
 from .runs import arguments, dataset, sophia_of
+
+
+class Rows(torch.utils.data.IterableDataset, Iterator):
+    """Rows that can be read once."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = iter(rows)
+
+    def __iter__(self) -> Iterator[dict]:
+        return self
+
+    def __next__(self) -> dict:
+        return next(self.rows)
 
 
 def trainer_of(model, folder, trainer_class=SophiaTrainer, data=None, **options) -> Trainer:
@@ -23,24 +37,34 @@ def messages(diagnosis, severity: str) -> list[str]:
     return [f.message for f in diagnosis.findings if f.severity == severity]
 
 
-def test_the_prediction_is_what_such_a_run_clips(tiny_gpt2, tmp_path) -> None:
+class LastGradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.grads = {param: param.grad.clone() for param in model.parameters()}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_prediction_is_what_such_a_run_clips(nesterov, tiny_gpt2, tmp_path) -> None:
     # Tensors of this model have fewer coordinates than a sample: the prediction can be exact.
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, **options), steps=8)
-    args = "rho=0.2,k=2,bias_correction=true"
+    args = f"rho=0.2,k=2,bias_correction=true,nesterov={nesterov}"
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=args, **options), steps=8)
     trainer = trainer_of(
         tiny_gpt2(), tmp_path, learning_rate=0.0, max_steps=8, optim_args=args, **options
     )
+    last = LastGradients()
+    trainer.add_callback(last)
     trainer.train()
     optimizer = sophia_of(trainer)
     group = optimizer.param_groups[0]
-    ratios = torch.cat(
-        [
-            (s["exp_avg"] / (1 - 0.9**8)).abs().flatten()
-            / (s["hessian"] / group["hessian_weight"]).clamp(min=1e-12).flatten()
-            for s in optimizer.state.values()
-        ]
-    )
+    parts = []
+    for param, state in optimizer.state.items():
+        m = state["exp_avg"] / (1 - 0.9**8)
+        n = 0.9 * m + 0.1 * last.grads[param] if nesterov else m
+        h = (state["hessian"] / group["hessian_weight"]).clamp(min=1e-12)
+        parts.append((n.abs() / h).flatten())
+    ratios = torch.cat(parts)
     moving = ratios[ratios > 0]
     for rho in (0.03, 0.3, 3.0, 30.0):
         share = (moving >= rho).float().mean()
@@ -88,11 +112,11 @@ def test_learning_rates_lie_between_equal_motion_and_adamws_own(tiny_gpt2, tmp_p
     # The root mean squares of the two steps, by hand.
     ours = theirs = 0.0
     for curvature in found.curvatures:
-        for m, h, square, weight in curvature.tensors:
-            ratio = (m / h)[m > 0]
+        for n, m, h, square, weight in curvature.tensors:
+            ratio = (n / h)[n > 0]
             rho = ratio.quantile(0.9)
             ours += weight * (ratio / rho).clamp(max=1).square().sum().item()
-            theirs += weight * (m[m > 0].square() / square[m > 0]).sum().item()
+            theirs += weight * (m[n > 0].square() / square[n > 0]).sum().item()
     matched = 5e-3 * (theirs / ours) ** 0.5
     assert matched == pytest.approx(low if high == 5e-3 else high)
     assert found.rho is None
@@ -113,6 +137,14 @@ def test_learning_rates_lie_between_equal_motion_and_adamws_own(tiny_gpt2, tmp_p
         ({"optim_args": "rho=auto,colour=1"}, "error", "unknown option 'colour'"),
         ({"trainer": "own optimizer"}, "error", "makes an optimizer of its own"),
         ({"model": "unreached"}, "warning", "no gradient reaches lost: freeze"),
+        ({"data": "iterator", "max_steps": 300}, "warning", "the data set is an iterator"),
+        (
+            {"max_steps": -1, "num_train_epochs": 2},
+            "warning",
+            "32 steps have 4 refreshes with k=10",
+        ),
+        ({"trainer": "given optimizer"}, "error", "the Trainer was given a SGD (optimizers=...)"),
+        ({"data": "beyond"}, "error", "IndexError: "),
         ({"data": "ignored"}, "error", "no refresh has succeeded"),
         ({"data": "ignored"}, "warning", "no label of the batch of step 1 counts"),
         (
@@ -138,7 +170,12 @@ def test_what_would_go_wrong_is_found(options, severity, message, tiny_gpt2, tmp
                 return type(head)(head.logits.roll(1, dims=1), head.targets, head.likelihood)
 
         trainer_class = Misaligned
-    if options.pop("trainer", None):
+    if kind == "iterator":
+        data = Rows(data * 20)
+    if kind == "beyond":
+        data = [{name: ids + 1000 for name, ids in row.items()} for row in data]
+    given = options.pop("trainer", None)
+    if given == "own optimizer":
 
         class Own(SophiaTrainer):
             def create_optimizer(self, *args):
@@ -146,10 +183,58 @@ def test_what_would_go_wrong_is_found(options, severity, message, tiny_gpt2, tmp
                 return self.optimizer
 
         trainer_class = Own
-    found = diagnose(trainer_of(model, tmp_path, trainer_class, data, **options), steps=6)
+    trainer = trainer_of(model, tmp_path, trainer_class, data, **options)
+    if given == "given optimizer":
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = diagnose(trainer, steps=6)
     assert any(message in text for text in messages(found, severity)), found.findings
     assert found.failed == (severity == "error" or kind == "ignored")
     assert message in report(found)
+
+
+def test_the_users_scheduler_stays_his(tiny_gpt2, tmp_path) -> None:
+    model = tiny_gpt2()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=3)
+    trainer = SophiaTrainer(model, args, train_dataset=dataset(), optimizers=(optimizer, schedule))
+    diagnose(trainer, steps=4)
+    assert not trainer.accelerator._optimizers
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == [0.1, 0.05, 0.025]
+
+
+def test_a_sophia_that_was_given_is_examined(tiny_gpt2, tmp_path) -> None:
+    model = tiny_gpt2()
+    trainer = trainer_of(model, tmp_path, optim="adamw_torch", optim_args=None)
+    trainer.optimizer = Sophia(model.parameters(), lr=1e-3, rho=1e9, k=3)
+    found = diagnose(trainer, steps=6)
+    assert (found.rho, found.k) == (1e9, 3)
+    assert any("rho=1e+09 would clip 0.0%" in text for text in messages(found, "warning"))
+
+
+def test_what_starts_at_zero_is_told_from_what_is_cut_off(tiny_gpt2, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"])
+    model = peft.get_peft_model(tiny_gpt2(), config)
+    found = diagnose(trainer_of(model, tmp_path), steps=6)
+    assert any("lora_A.default.weight is 0 at the start" in m for m in messages(found, "note"))
+    assert not any("no gradient reaches" in text for text in messages(found, "warning"))
+    assert not found.failed
+
+
+def test_a_model_that_is_made_anew_is_examined_too(tiny_gpt2, tmp_path) -> None:
+    args = arguments(tmp_path, eval_on_start=True)
+    trainer = SophiaTrainer(None, args, train_dataset=dataset(), model_init=lambda: tiny_gpt2())
+    assert not diagnose(trainer, steps=4).failed
+    assert trainer.model_init is not None
+
+
+def test_as_many_steps_as_the_momentum_remembers(tiny_gpt2, tmp_path) -> None:
+    assert len(diagnose(trainer_of(tiny_gpt2(), tmp_path)).tokens) == 10
+    trainer = trainer_of(tiny_gpt2(), tmp_path, optim_args="rho=1,beta1=0.96")
+    assert len(diagnose(trainer).tokens) == 25
 
 
 def test_what_cant_be_examined_is_refused(tiny_gpt2, tmp_path, monkeypatch) -> None:

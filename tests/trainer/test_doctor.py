@@ -24,8 +24,13 @@ model = GPT2LMHeadModel(
 ids = torch.randint(37, (64, 12))
 trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
 if args.do_train:
-    trainer.train()
-    print("trained")
+    try:
+        trainer.train()
+    except BaseException:
+        pass
+    finally:
+        trainer.save_model()
+        print("trained")
 """
 
 
@@ -52,7 +57,7 @@ def test_an_unmodified_script_is_examined_and_does_not_train(run_doctor, tmp_pat
     assert "| predictions in a refresh | 88 " in ended.stdout
     assert "against AdamW's 0.003" in ended.stdout
     assert "\ntrained\n" not in ended.stdout
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_run_that_would_fail_is_told_by_the_exit_code(run_doctor) -> None:
