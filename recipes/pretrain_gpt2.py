@@ -1,7 +1,7 @@
 """Pretrain a GPT-2 from scratch with Sophia-G.
 
     python recipes/pretrain_gpt2.py
-    python recipes/pretrain_gpt2.py --learning_rate 2e-3 --optim_args "rho=0.05,k=10"
+    python recipes/pretrain_gpt2.py --learning_rate 3e-3 --optim_args k=5
     python recipes/pretrain_gpt2.py --train_file my_text.txt --output_dir runs/my_text
 
 Text -> tokenizer -> blocks -> GPT-2 -> SophiaTrainer. Values come from a YAML file (`--config`),
@@ -133,11 +133,10 @@ def next_command(args: TrainingArguments, argv: Sequence[str]) -> str:
     program = [os.path.relpath(sys.executable), os.path.relpath(__file__)]
     folder = args.output_dir.rstrip("/")
     if args.optim == "sophia":
-        other = ["--optim", "adamw_torch_fused", "--optim_args=", "--learning_rate", "3e-3"]
-        other += ["--adam_beta2", "0.95", "--output_dir", f"{folder}_adamw"]
+        other = ["--optim", "adamw_torch_fused", "--optim_args=", "--adam_beta2", "0.95"]
+        other += ["--output_dir", f"{folder}_adamw"]
     else:
-        other = ["--optim", "sophia", "--optim_args", "rho=0.1,k=10", "--learning_rate", "1e-3"]
-        other += ["--output_dir", f"{folder}_sophia"]
+        other = ["--optim", "sophia", "--optim_args=", "--output_dir", f"{folder}_sophia"]
     if args.resume_from_checkpoint:
         other.append("--resume_from_checkpoint=")
     return shlex.join([*program, *without_secrets(argv), *other])

@@ -63,11 +63,12 @@ class HessianHealth:
                 self._k,
             )
 
-    def logged(self, clip_fraction: float, hessian_norm: float) -> None:
+    def logged(self, clip_fraction: float | None, hessian_norm: float) -> None:
         """Judge what the Trainer logs.
 
         Args:
-            clip_fraction: The share of coordinates that the last step clipped.
+            clip_fraction: The share of coordinates that the last step clipped; None: not to be
+                judged, as where rho follows a share that was asked for.
             hessian_norm: The L2 norm of h.
         """
         if self._refreshes and hessian_norm == 0.0:
@@ -79,7 +80,7 @@ class HessianHealth:
                 self._refreshes,
             )
         low, high = HEALTHY_CLIPPING
-        if self._refreshes < REFRESHES_BEFORE or low <= clip_fraction <= high:
+        if clip_fraction is None or self._refreshes < REFRESHES_BEFORE or low <= clip_fraction <= high:
             self._outside.clear()
             return
         self._outside.append(clip_fraction)

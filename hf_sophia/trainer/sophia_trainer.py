@@ -13,6 +13,7 @@ from transformers.trainer import Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
+from hf_sophia.optim.sophia import AUTO
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.checkpoints import WholeCheckpointsMixin
 from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
@@ -402,7 +403,8 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
             values = torch.stack([m.to(self.args.device) for m in metrics.values()]).tolist()
             logs.update(zip(metrics, values, strict=True))
             if self._health is not None:
-                self._health.logged(values[0], values[1])
+                fixed = all(group["rho"] != AUTO for group in optimizer.param_groups)
+                self._health.logged(values[0] if fixed else None, values[1])
             if self._hessian_tokens is not None:
                 logs["sophia/hessian_tokens"] = float(self._hessian_tokens)
         super().log(logs, *args, **kwargs)

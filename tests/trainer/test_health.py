@@ -26,6 +26,12 @@ def test_a_healthy_run_warns_of_nothing(tiny_gpt2, tmp_path, caplog) -> None:
     assert train(tiny_gpt2, tmp_path, caplog, **options) == []
 
 
+def test_a_share_that_was_asked_for_is_not_judged(tiny_gpt2, tmp_path, caplog) -> None:
+    args = "rho=auto,target_clip_fraction=0.01,nesterov=true,k=2"
+    found = train(tiny_gpt2, tmp_path, caplog, max_steps=60, optim_args=args)
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("rho", "remedy"), [("1e-6", "Try a larger rho"), ("1e6", "Try a smaller rho")]
 )
