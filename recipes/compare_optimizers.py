@@ -16,6 +16,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.arguments import one_line_errors
@@ -43,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
     parser.add_argument("--output", type=Path, help="Folder to write to; runs/<study> by default")
     parser.add_argument("--processes", type=int, default=1, help="Trials at a time (default 1)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Leave other optimizers out")
+    parser.add_argument("--no-ablations", action="store_true", help="Compare optimizers alone")
     options = parser.parse_args(argv)
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
     with one_line_errors():
         study = read_study(options.study).only(options.only)
+        if options.no_ablations:
+            study = replace(study, ablations={})
         output = options.output or Path("runs") / options.study.stem
         records = Records(output / "results.json")
 

@@ -80,7 +80,11 @@ class HessianHealth:
                 self._refreshes,
             )
         low, high = HEALTHY_CLIPPING
-        if clip_fraction is None or self._refreshes < REFRESHES_BEFORE or low <= clip_fraction <= high:
+        if (
+            clip_fraction is None
+            or self._refreshes < REFRESHES_BEFORE
+            or low <= clip_fraction <= high
+        ):
             self._outside.clear()
             return
         self._outside.append(clip_fraction)

@@ -181,6 +181,8 @@ def test_only_some_run_beside_the_reference(write, landscape, tmp_path) -> None:
     argv = [str(write()), "--output", str(tmp_path / "out"), "--only"]
     assert [line.name for line in compare_optimizers.main([*argv, "adamw"])] == ["adamw"]
     assert {trial.optim for trial in landscape} == {"adamw_torch"}
+    lines = compare_optimizers.main([*argv[:-1], "--no-ablations"])
+    assert [line.name for line in lines] == ["adamw", "sophia"]
     with pytest.raises(SystemExit, match="sgd not among adamw, sophia"):
         compare_optimizers.main([*argv, "sgd"])
 
