@@ -100,12 +100,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path, loader: type = _Loader) -> dict[str, Any]:
+def read_yaml(path: Path, *, as_written: bool = False) -> dict[str, Any]:
     """Read the `name: value` lines of a YAML file.
 
     Args:
         path: The file.
-        loader: Reads values; `yaml.BaseLoader` leaves them as they are written.
+        as_written: Leave values as text; YAML itself would read `no` as False.
 
     Returns:
         The values by name; none for an empty file.
@@ -117,7 +117,11 @@ def read_yaml(path: Path, loader: type = _Loader) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader) or {}
+        text = path.read_text(encoding="utf-8")
+        # Both, since only one of them refuses names given twice.
+        values = yaml.load(text, Loader=_Loader) or {}
+        if as_written and values:
+            values = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # Not the error itself: it quotes the line, which may hold a token.
         mark = getattr(error, "problem_mark", None)
@@ -132,8 +136,7 @@ def _read(parser: argparse.ArgumentParser, config: Path, known: set[str]) -> lis
     """Return the file's values as command-line options, so that both are checked alike."""
     try:
         values = read_yaml(config)
-        # As written: YAML itself would read `no` as False.
-        written = read_yaml(config, yaml.BaseLoader)
+        written = read_yaml(config, as_written=True)
     except (ValueError, OSError) as error:
         parser.error(f"--config {error}")
     if unknown := sorted(map(str, values.keys() - known)):

@@ -100,7 +100,7 @@ def test_the_next_command_runs_too(text_file, tmp_path, capsys) -> None:
         (["--n_head", "3"], "error: n_embd=16 is not a multiple of n_head=3"),
         (["--block_size", "0"], "error: block_size must be at least 2, got 0"),
         (["--optim_args", "rho=-1"], "error: rho must be a finite number > 0, got -1.0"),
-        (["--optim", "adam"], "error: optim_args 'rho=0.1"),
+        (["--optim", "adam", "--optim_args", "rho=0.1"], "error: optim_args 'rho=0.1"),
         (["--resume_from_checkpoint", "last"], "error: there is no checkpoint in"),
         (["--resume_from_checkpoint", "recipes"], "error: there is no checkpoint at 'recipes'"),
         (["--max_steps", "5", "--num_train_epochs", "2"], "set --max_steps -1"),
