@@ -42,19 +42,6 @@ TARGET: float = AUTO_DEFAULTS["target_clip_fraction"]
 FEW_TOKENS = 256
 FEW_REFRESHES = 20
 
-#: What a Sophia that the user made tells of itself.
-_OPTIONS = (
-    "betas",
-    "eps",
-    "rho",
-    "k",
-    "hessian_computation_type",
-    "target_clip_fraction",
-    "rho_scope",
-    "nesterov",
-    "bias_correction",
-)
-
 #: The bound on the curvature that Sophia has unless the arguments say otherwise.
 _EPS = 1e-12
 
@@ -252,7 +239,8 @@ def diagnose(
     try:
         if isinstance(trainer.optimizer, Sophia):
             group = trainer.optimizer.param_groups[0]
-            asked = {option: group[option] for option in _OPTIONS}
+            known = set(TrainerSophia._asked_for) - {"weight_decay"}
+            asked = {option: group[option] for option in known}
         elif trainer.optimizer is not None and name == "sophia":
             raise ValueError(
                 f"the Trainer was given a {type(trainer.optimizer).__name__} (optimizers=...), so"
