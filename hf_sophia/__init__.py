@@ -12,7 +12,7 @@ from hf_sophia.optim import Adam, RAdam, Sophia, WeightDecay
 from hf_sophia.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
-    from hf_sophia.trainer.diagnosis import diagnose
+    from hf_sophia.trainer.examination import diagnose
     from hf_sophia.trainer.sophia_trainer import (
         SophiaSeq2SeqTrainer,
         SophiaTrainer,
@@ -43,7 +43,7 @@ _LATER = {
     "SophiaSeq2SeqTrainer": "hf_sophia.trainer.sophia_trainer",
     "SophiaTrainer": "hf_sophia.trainer.sophia_trainer",
     "SophiaTrainerMixin": "hf_sophia.trainer.sophia_trainer",
-    "diagnose": "hf_sophia.trainer.diagnosis",
+    "diagnose": "hf_sophia.trainer.examination",
 }
 
 

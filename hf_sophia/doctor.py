@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers.trainer import Trainer
 
-    from hf_sophia.trainer.diagnosis import Finding, diagnose
+    from hf_sophia.trainer.diagnosis import Finding
+    from hf_sophia.trainer.examination import diagnose
     from hf_sophia.trainer.injection import inject
     from hf_sophia.trainer.report import report
 

@@ -1,5 +1,7 @@
 """What a diagnosis says, as text."""
 
+import statistics
+
 import torch
 
 from hf_sophia.trainer.diagnosis import LADDER, TARGET, Curvature, Diagnosis
@@ -65,9 +67,8 @@ def _spectrum(curvatures: list[Curvature]) -> str:
         h = torch.cat([part.h for part in curvature.tensors])
         # By rank: each tensor's sample counts alike among tensors of one kind and size.
         quantiles = h.quantile(torch.tensor(_QUANTILES)).tolist()
-        ratio = torch.cat([part.ratio for part in curvature.tensors])
-        ratio = ratio[ratio > 0]
-        rho = float(ratio.quantile(1.0 - TARGET)) if len(ratio) else 0.0
+        thresholds = [rho for part in curvature.tensors if (rho := part.auto_rho) is not None]
+        rho = statistics.geometric_mean(thresholds) if thresholds else 0.0
         rows.append(
             (
                 curvature.kind,
@@ -78,7 +79,7 @@ def _spectrum(curvatures: list[Curvature]) -> str:
             )
         )
     names = ("parameters", "number", *(f"h, {q:.0%}" for q in _QUANTILES), "abs(m), 50%")
-    return _table((*names, f"rho that clips {TARGET:.0%}"), rows)
+    return _table((*names, "rho=auto"), rows)
 
 
 def _ladder(diagnosis: Diagnosis) -> str:

@@ -1,0 +1,299 @@
+"""Look at a training run before it starts: what Sophia would do there, and what would go wrong.
+
+The Trainer's own steps are taken with a learning rate of 0: the same batches, wrapper, precision,
+accumulation and gradient clipping, but no parameter moves. m and h are then those of a training
+run's first steps, from which the clipping for any rho follows.
+"""
+
+import copy
+import logging
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
+
+from hf_sophia.optim import Sophia
+from hf_sophia.optim.threshold import CoordinateSample
+from hf_sophia.trainer.diagnosis import Curvature, Diagnosis, Finding, Sample
+from hf_sophia.trainer.findings import judge
+from hf_sophia.trainer.heads import HeadOutput
+from hf_sophia.trainer.options import AUTO_DEFAULTS, constructor_options
+from hf_sophia.trainer.own_pass import undisturbed
+from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
+from hf_sophia.trainer.trainer_sophia import TrainerSophia
+
+#: Steps between refreshes while looking: half of the steps have one, half show what is extra.
+_K = 2
+
+#: The betas that Sophia has unless the arguments say otherwise.
+_BETAS = (0.9, 0.95)
+
+
+def diagnose(
+    trainer: SophiaTrainerMixin, steps: int | None = None, adamw_lr: float | None = None
+) -> Diagnosis:
+    """Take steps with a learning rate of 0 and say what Sophia would do in this run.
+
+    The Trainer can train afterwards as if nothing had been: parameters, buffers, random numbers,
+    arguments, callbacks, optimizer and scheduler are as before. Rows that were read from an
+    iterator, which can be read once only, are gone.
+
+    Args:
+        trainer: A `SophiaTrainer` or another with the mixin, on one process, that has not trained.
+        steps: Optimizer steps to take, at least 4; None: 20, or `2 / (1 - beta1)` where that is
+            more, after which the noise of m is what it will be in training.
+        adamw_lr: A learning rate that is known to be good for AdamW; None: the one of the
+            arguments, where they name an AdamW.
+
+    Returns:
+        What was found. That the run would fail is a finding too.
+
+    Raises:
+        ValueError: The Trainer has no mixin, is one of several processes, or has no data; or there
+            are too few steps.
+    """
+    if not isinstance(trainer, SophiaTrainerMixin):
+        raise ValueError(
+            f"diagnose needs a SophiaTrainer or another Trainer with SophiaTrainerMixin, got"
+            f" {type(trainer).__name__}"
+        )
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"the doctor looks at one process, this is one of {trainer.args.world_size}: start it"
+            " without torchrun or accelerate launch"
+        )
+    if trainer.train_dataset is None:
+        raise ValueError("the Trainer has no train_dataset to take batches from")
+    if steps is not None and steps < 4:
+        raise ValueError(f"steps must be at least 4, got {steps}")
+    name = getattr(trainer.args.optim, "value", trainer.args.optim)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    diagnosis = Diagnosis(f"{type(model).__name__}, {size:,} trained parameters")
+    diagnosis.adamw_lr = adamw_lr
+    if adamw_lr is None and name.startswith("adamw"):
+        diagnosis.adamw_lr = trainer.args.learning_rate
+    # What is recommended, where something else is asked for.
+    asked: dict[str, Any] = {"betas": _BETAS, **AUTO_DEFAULTS}
+    watch = _Watch(trainer, model)
+    try:
+        if isinstance(trainer.optimizer, Sophia):
+            group = trainer.optimizer.param_groups[0]
+            known = set(TrainerSophia._asked_for) - {"weight_decay"}
+            asked = {option: group[option] for option in known}
+        elif trainer.optimizer is not None and name == "sophia":
+            raise ValueError(
+                f"the Trainer was given a {type(trainer.optimizer).__name__} (optimizers=...), so"
+                " that --optim sophia would have no effect: leave it out"
+            )
+        elif name == "sophia":
+            asked = constructor_options("sophia", trainer.args, _BETAS)
+        if name == "sophia" or isinstance(trainer.optimizer, Sophia):
+            diagnosis.rho = asked["rho"]
+            diagnosis.k = asked.get("k", diagnosis.k)
+        steps = steps or max(20, round(2.0 / (1.0 - asked["betas"][0])))
+        options = asked | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
+        with _looking(trainer, options, steps, watch, diagnosis.findings):
+            trainer.train()
+            optimizer = trainer._sophia
+            if optimizer is None:
+                raise ValueError(
+                    f"{type(trainer).__name__} makes an optimizer of its own, so that"
+                    " --optim sophia would have no effect: take its create_optimizer out"
+                )
+            _collect(diagnosis, optimizer, watch, nesterov=asked.get("nesterov", False))
+    except Exception as error:
+        # Whatever it is would have ended the run.
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        diagnosis.findings.append(Finding("error", f"{kind}{error}"))
+    diagnosis.head, diagnosis.way, diagnosis.tokens = watch.head, watch.way, watch.tokens
+    if not diagnosis.failed:
+        judge(diagnosis, trainer, name, asked)
+    return diagnosis
+
+
+class _Watch(TrainerCallback):
+    """Times steps, and adds up squared gradients at the sampled coordinates."""
+
+    def __init__(self, trainer: SophiaTrainerMixin, model: torch.nn.Module) -> None:
+        self._trainer = trainer
+        self.params = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.samples = {param: CoordinateSample(param) for param in self.params}
+        self.squares: dict[torch.Tensor, torch.Tensor] = {}
+        self.last: dict[torch.Tensor, torch.Tensor] = {}
+        self.seconds: list[float] = []
+        self.bytes: list[int] = []
+        self.tokens: list[int] = []
+        self.head: str | None = None
+        self.way: str | None = None
+        self._device = next(iter(self.params), torch.zeros(())).device
+
+    def _clock(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._began = self._clock()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for param, sample in self.samples.items():
+            if param.grad is not None:
+                self.last[param] = sample.take(param.grad).float()
+                self.squares[param] = self.squares.get(param, 0.0) + self.last[param].square()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(self._clock() - self._began)
+        if len(self.seconds) % _K == 1 and self._trainer._hessian_tokens:
+            self.tokens.append(self._trainer._hessian_tokens)
+        if self._device.type == "cuda":
+            self.bytes.append(torch.cuda.max_memory_allocated(self._device))
+
+
+@contextmanager
+def _looking(
+    trainer: SophiaTrainerMixin,
+    options: dict[str, Any],
+    steps: int,
+    watch: _Watch,
+    findings: list[Finding],
+) -> Iterator[None]:
+    """Let a Trainer take steps that leave no trace; what it warns of becomes findings."""
+    args = copy.copy(trainer.args)
+    for name, value in {
+        "max_steps": steps,
+        "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "logging_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "auto_find_batch_size": False,
+        "eval_on_start": False,
+        "disable_tqdm": True,
+    }.items():
+        setattr(args, name, value)
+    replaced = {
+        "args": args,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "model_init": None,
+        "optimizer_cls_and_kwargs": (TrainerSophia, options),
+        "sophia_head": _spied(trainer, watch),
+        "state": copy.deepcopy(trainer.state),
+        "control": copy.copy(trainer.control),
+    }
+    accelerator = trainer.accelerator
+    held = [
+        (vars(thing), _plainly_copied(vars(thing)))
+        for thing in (trainer, trainer.callback_handler, accelerator)
+    ]
+    scaler = accelerator.scaler and accelerator.scaler.state_dict()
+    grads = {param: param.grad for param in watch.params}
+    training = trainer.model.training
+    listener = _Listener(findings)
+    logger = logging.getLogger("hf_sophia")
+    logger.addHandler(listener)
+    try:
+        vars(trainer).update(replaced)
+        trainer.callback_handler.callbacks = [DefaultFlowCallback(), watch]
+        with undisturbed(accelerator.unwrap_model(trainer.model), trainer.args.seed):
+            yield
+    finally:
+        logger.removeHandler(listener)
+        watch.way = trainer._plan and f"{trainer._plan}: {trainer._plan.reason}"
+        for current, before in held:
+            current.clear()
+            current.update(before)
+        if scaler:
+            accelerator.scaler.load_state_dict(scaler)
+        trainer.model.train(training)
+        for param, grad in grads.items():
+            param.grad = grad
+
+
+def _plainly_copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copy attributes: dictionaries and the lists in them anew, all else as it is."""
+
+    def copied(value: Any) -> Any:
+        if type(value) in (dict, defaultdict):
+            fresh = {key: copied(inner) for key, inner in value.items()}
+            return fresh if type(value) is dict else defaultdict(value.default_factory, fresh)
+        # Not what is in it: a list may be the data set.
+        return list(value) if type(value) is list else value
+
+    return {name: copied(value) for name, value in attributes.items()}
+
+
+def _spied(trainer: SophiaTrainerMixin, watch: _Watch) -> Callable[..., HeadOutput]:
+    """Return the Trainer's `sophia_head` that also notes what it found."""
+
+    def sophia_head(*args: Any) -> HeadOutput:
+        head = type(trainer).sophia_head(trainer, *args)
+        watch.head = f"{head.likelihood}, logits of shape {tuple(head.logits.shape)}"
+        return head
+
+    return sophia_head
+
+
+class _Listener(logging.Handler):
+    """Turns what the package warns of into findings."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__(logging.WARNING)
+        self._findings = findings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        finding = Finding("warning", record.getMessage())
+        if finding not in self._findings:
+            self._findings.append(finding)
+
+
+@torch.no_grad()
+def _collect(
+    diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch, *, nesterov: bool
+) -> None:
+    """Take the sampled coordinates out of the optimizer's state, and the times."""
+    if not watch.tokens:
+        raise ValueError(
+            "no refresh has succeeded, for the reasons in the warnings: Sophia would have no"
+            " curvature"
+        )
+    steps = len(watch.seconds)
+    by_kind: dict[str, Curvature] = {}
+    for group in optimizer.param_groups:
+        beta1 = group["betas"][0]
+        for param in group["params"]:
+            kind = re.sub(r"\.\d+(?=\.|$)", ".*", watch.params[param])
+            found = by_kind.setdefault(kind, Curvature(kind, 0, []))
+            size = found.size + param.numel()
+            by_kind[kind] = Curvature(kind, size, found.tensors)
+            if param not in watch.squares:
+                continue
+            sample, state = watch.samples[param], optimizer.state[param]
+            m = sample.take(state["exp_avg"]).float() / (1.0 - beta1**steps)
+            n = m.lerp(watch.last[param], 1.0 - beta1) if nesterov else m
+            h = sample.take(state["hessian"]).float().cpu() / (group["hessian_weight"] or 1.0)
+            square = watch.squares[param].cpu() / steps
+            weight = param.numel() / sample.size
+            eps = group["eps"]
+            h = h.clamp(min=eps)
+            found.tensors.append(Sample(n.abs().cpu(), m.abs().cpu(), h, square, weight, eps))
+    diagnosis.curvatures = list(by_kind.values())
+    # The first two steps allocate, and choose kernels.
+    refreshing = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K == 0]
+    plain = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K]
+    diagnosis.refresh_seconds = statistics.median(refreshing)
+    diagnosis.plain_seconds = statistics.median(plain)
+    if watch.bytes:
+        diagnosis.refresh_bytes = max(watch.bytes[0::_K])
+        diagnosis.plain_bytes = max(watch.bytes[1::_K])

@@ -1,0 +1,128 @@
+"""What would make Sophia wrong or slow in a run that works, with its remedy."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.trainer import Trainer
+
+from hf_sophia.trainer.diagnosis import TARGET, Diagnosis, Finding
+from hf_sophia.trainer.health import HEALTHY_CLIPPING
+
+#: What counts as few: predictions in a refresh, refreshes in a run.
+FEW_TOKENS = 256
+FEW_REFRESHES = 20
+
+#: The bound on the curvature that Sophia has unless the arguments say otherwise.
+_EPS = 1e-12
+
+
+def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, Any]) -> None:
+    """Say what is wrong or slow in a run that works.
+
+    Args:
+        diagnosis: What was measured; findings are added to it.
+        trainer: The Trainer that would run.
+        name: The optimizer that its arguments name.
+        asked: Sophia's options there.
+    """
+
+    def add(severity: str, message: str) -> None:
+        diagnosis.findings.append(Finding(severity, message))
+
+    if diagnosis.rho is None:
+        add(
+            "note",
+            f"the arguments ask for --optim {name}, so that nothing here would take place:"
+            " give --optim sophia with the options below",
+        )
+    if isinstance(trainer.train_dataset, Iterator):
+        add(
+            "warning",
+            "the data set is an iterator, which can be read once only: what was looked at is"
+            " gone, and a second epoch would be empty",
+        )
+    unreached = [c.kind for c in diagnosis.curvatures if not c.tensors]
+    if unreached:
+        add(
+            "warning",
+            f"no gradient reaches {_listed(unreached)}: freeze what shall not train, or look"
+            " for what cuts the graph",
+        )
+    still = [
+        curvature.kind
+        for curvature in diagnosis.curvatures
+        if curvature.tensors and not any((part.m > 0).any() for part in curvature.tensors)
+    ]
+    if still:
+        add(
+            "note",
+            f"the gradient of {_listed(still)} is 0 at the start, as behind weights that start"
+            " at 0 (LoRA's A): nothing below tells of them",
+        )
+    if len(unreached) + len(still) == len(diagnosis.curvatures):
+        add("error", "no parameter moves: the loss does not depend on any of them")
+        return
+    eps = asked.get("eps", _EPS)
+    flat = [
+        curvature.kind
+        for curvature in diagnosis.curvatures
+        if curvature.kind not in (*unreached, *still)
+        and all((part.h <= eps).all() for part in curvature.tensors)
+    ]
+    if flat:
+        add(
+            "warning",
+            f"the Hessian of {_listed(flat)} is at most eps={eps:g} although gradients are not"
+            " 0. Does the loss reach them other than through the logits, or is the model"
+            " that certain?",
+        )
+    if min(diagnosis.tokens) < FEW_TOKENS:
+        add(
+            "warning",
+            f"a refresh counts {min(diagnosis.tokens):,} predictions, which makes a noisy"
+            " estimate: a larger batch, gradient accumulation, or hessian_batch_fraction=1"
+            " where a share is taken now",
+        )
+    low, high = HEALTHY_CLIPPING
+    if isinstance(diagnosis.rho, int | float):
+        clipped = diagnosis.clip_fraction(diagnosis.rho)
+        if not low <= clipped <= high:
+            add(
+                "warning",
+                f"rho={diagnosis.rho:g} would clip {clipped:.1%} of the coordinates:"
+                f" {'nearly all take sign steps' if clipped > high else 'hardly any is kept'}"
+                f"{'' if clipped > high else ' from a long step'}. rho=auto follows the data,"
+                f" or take rho={diagnosis.rho_for(TARGET):.2g}",
+            )
+    steps = _steps_of(trainer)
+    if 0 < steps < FEW_REFRESHES * diagnosis.k:
+        add(
+            "warning",
+            f"{steps} steps have {-(-steps // diagnosis.k)} refreshes with k={diagnosis.k}, of"
+            f" which the average of h takes in {1 / (1 - asked['betas'][1]):.0f}: a smaller k",
+        )
+    if diagnosis.rho is not None and not asked.get("bias_correction", False):
+        add(
+            "note",
+            f"without bias_correction=true h is too small for about"
+            f" {diagnosis.k / (1 - asked['betas'][1]):.0f} steps, and clips more than later",
+        )
+
+
+def _steps_of(trainer: Trainer) -> int:
+    """Return the optimizer steps that a run would take, or 0 where nobody knows."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:
+        return 0
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    return math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
