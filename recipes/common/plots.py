@@ -1,7 +1,20 @@
 """A picture of a training run."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+
+def load_pyplot() -> ModuleType | None:
+    """Return matplotlib's pyplot, drawing into files, or None where it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def plot_losses(
@@ -18,12 +31,8 @@ def plot_losses(
     Returns:
         The path, or None where matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    if (pyplot := load_pyplot()) is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
     for key, label, style in (

@@ -11,6 +11,14 @@ from hf_sophia import Sophia
 Groups = list[dict[str, Any]]
 
 
+def _called(closure: Callable[[], Any] | None) -> Any:
+    """Return the closure's loss, or None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class NAdamW(torch.optim.Optimizer):
     """AdamW with Nesterov's momentum, in its standard form.
 
@@ -48,10 +56,7 @@ class NAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a closure is called first and its loss returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for param in group["params"]:
@@ -119,10 +124,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of both; a closure is called first and its loss returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         for part in self._parts:
             part.step()
         return loss
@@ -168,10 +170,7 @@ class SecondMomentSophia(Sophia):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a closure is called first and its loss returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         self._steps += 1
         scales = {}
         for group in self.param_groups:

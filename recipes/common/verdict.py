@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from common.plots import load_pyplot
 from common.study import Trial
 from common.trials import Record
 
@@ -140,12 +141,8 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
     Returns:
         The path, or None where matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    if (pyplot := load_pyplot()) is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5.0), layout="constrained")
     for line in sorted(lines, key=lambda line: line.rank):
