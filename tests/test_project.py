@@ -18,10 +18,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_sophia"
 
 #: Layers from the bottom up; a module may import its own layer's modules and lower layers.
-LAYERS = ["estimators", "optim", "trainer"]
+LAYERS = ["kernels", "estimators", "optim", "trainer"]
 
 #: What each layer may know besides the standard library. The metrics stand alone.
 LIBRARIES = {
+    "kernels": {"torch"},
     "estimators": {"torch"},
     "optim": {"torch"},
     "trainer": {"torch", "numpy", "transformers", "accelerate", "peft", "safetensors"},
@@ -64,6 +65,8 @@ def test_imports_point_down(path) -> None:
                 assert other == own, f"{path} imports {module}"
             else:
                 assert LAYERS.index(other) <= LAYERS.index(own), f"{path} imports {module} upwards"
+                if other == "kernels":
+                    assert own in ("kernels", "optim"), f"{path} reaches past the optimizers"
         else:
             assert top in sys.stdlib_module_names | LIBRARIES[own], f"{path} imports {module}"
 

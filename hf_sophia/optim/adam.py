@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_sophia.optim.base import BaseOptimizer, Group, State
+from hf_sophia.optim.base import BaseOptimizer, Batch, Group, State
+from hf_sophia.optim.fused_adam import AdamNumbers, not_fused_because, update_fused
 from hf_sophia.optim.validation import check_flag
 from hf_sophia.optim.weight_decay import WeightDecay
 
@@ -93,9 +94,26 @@ class Adam(BaseOptimizer):
         weight_decay: WeightDecay | float = WeightDecay(),
         optimized_update: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        *,
+        fused: bool | None = None,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "optimized_update": optimized_update}
-        super().__init__(params, options, weight_decay, defaults)
+        super().__init__(params, options, weight_decay, defaults, fused)
+
+    def _not_fused_because(self, param: torch.Tensor) -> str:
+        return not_fused_because(param, self.weight_decay)
+
+    def _update_batch(self, batch: Batch) -> None:
+        if self.fused is False:
+            return super()._update_batch(batch)
+        group = batch.group
+
+        def numbers(step: int) -> AdamNumbers:
+            return AdamNumbers.of(
+                group["lr"], group["eps"], group["betas"][1], step, group["optimized_update"]
+            )
+
+        self._update_each(batch, update_fused(batch, self.weight_decay, numbers))
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

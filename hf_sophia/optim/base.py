@@ -1,15 +1,16 @@
 """What Adam, RAdam and Sophia have in common: groups, checks, state in fp32, state dictionaries."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.optim.optimizer import Optimizer
 
 from hf_sophia.optim.sharding import agreed_first, local, local_state, placed_like
-from hf_sophia.optim.validation import check_betas, check_non_negative
+from hf_sophia.optim.validation import check_betas, check_flag, check_non_negative
 from hf_sophia.optim.weight_decay import WeightDecay
 
 State = dict[str, Any]
@@ -52,6 +53,23 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [norm.to(torch.float32) for norm in torch._foreach_norm(tensors)]
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The parameters of one group that have a gradient.
+
+    Args:
+        group: The group.
+        params: Its parameters.
+        grads: Their gradients.
+        states: Their state.
+    """
+
+    group: Group
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    states: list[State]
+
+
 def comparable(value: Any) -> Any:
     """Return an option so that it can be compared: JSON and YAML turn tuples into lists."""
     return tuple(value) if isinstance(value, list) else value
@@ -66,6 +84,8 @@ class BaseOptimizer(Optimizer):
         weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
         defaults: Further defaults of group values. A key that is also a named option must
             agree with it.
+        fused: Take steps in one pass over memory: None where that is possible, True or it is an
+            error, False never.
     """
 
     #: Every option of a group with its check; a subclass extends it.
@@ -85,7 +105,11 @@ class BaseOptimizer(Optimizer):
         options: dict[str, Any],
         weight_decay: WeightDecay | float,
         defaults: Mapping[str, Any] | None,
+        fused: bool | None,
     ) -> None:
+        if fused is not None:
+            check_flag("fused", fused)
+        self.fused = fused
         if not isinstance(weight_decay, WeightDecay):
             weight_decay = WeightDecay(weight_decay)
         self.weight_decay = weight_decay
@@ -103,7 +127,7 @@ class BaseOptimizer(Optimizer):
         """Name the state tensors of a parameter of this group, all shaped like it."""
 
     @abstractmethod
-    def _update(self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> None:
+    def _update(self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> Any:
         """Advance `state["step"]` and the state tensors and change `theta`, all in place.
 
         `theta`, `grad` and the state tensors share the shape and `state_dtype(theta)`. Of sharded
@@ -125,6 +149,17 @@ class BaseOptimizer(Optimizer):
                     f"{self._name} does not support complex parameters, got one of shape"
                     f" {tuple(param.shape)}; optimize torch.view_as_real(parameter) instead"
                 )
+            if self.fused and (reason := self._not_fused_because(local(param))):
+                shape = tuple(param.shape)
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"fused=True is not possible for a parameter of shape {shape}: {reason}. Leave"
+                    " fused at None, and what can be fused is"
+                )
+
+    @abstractmethod
+    def _not_fused_because(self, param: torch.Tensor) -> str:
+        """Say why a parameter's step can't be taken in one pass; empty: it can."""
 
     @property
     def _name(self) -> str:
@@ -158,47 +193,66 @@ class BaseOptimizer(Optimizer):
 
     def _apply_gradients(self) -> None:
         """Check every gradient before any parameter changes, then update each."""
-        pairs = [
-            (param, group)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        self._check_gradients([param for param, _ in pairs])
-        self._before_updates(pairs)
-        for param, group in pairs:
+        self._update_all([self._batch(group) for group in self.param_groups])
+
+    def _batch(self, group: Group) -> Batch:
+        params = group["params"]
+        grads = [param.grad for param in params]
+        if any([grad is None for grad in grads]):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        states = [self.state[param] for param in params]
+        if not all(states):
+            states = [self._state_of(param, group) for param in params]
+        return Batch(group, params, grads, states)
+
+    def _update_all(self, batches: list[Batch]) -> None:
+        self._check_gradients([param for batch in batches for param in batch.params])
+        for batch in batches:
+            self._update_batch(batch)
+
+    def _update_batch(self, batch: Batch) -> None:
+        """Update a group's parameters, whose gradients are known to be finite."""
+        self._update_each(batch, range(len(batch.params)))
+
+    def _update_each(self, batch: Batch, indices: Iterable[int]) -> list[Any]:
+        """Update some of a group's parameters one by one; return what `_update` does of each."""
+        results = []
+        for index in indices:
+            param, state = batch.params[index], batch.states[index]
             dtype = state_dtype(param)
-            shard, grad = local(param), local(placed_like(param.grad, param))
+            shard, grad = local(param), local(placed_like(batch.grads[index], param))
             theta = shard.to(dtype)
-            grad = self.weight_decay(theta, grad.to(dtype), group)
-            state = self._state_of(param, group)
+            grad = self.weight_decay(theta, grad.to(dtype), batch.group)
             shards = local_state(state)
-            self._update(theta, grad, shards, group)
+            results.append(self._update(theta, grad, shards, batch.group))
             state["step"] = shards["step"]
             if theta is not shard:
                 shard.copy_(theta)
+        return results
 
-    def _before_updates(self, pairs: list[tuple[torch.Tensor, Group]]) -> None:
-        """Do what needs all parameters with their gradients, before any of them changes."""
-
-    def _check_gradients(self, params: list[torch.Tensor]) -> None:
-        name = self._name
-        for param in params:
-            if param.grad.is_sparse or param.grad.is_sparse_csr:
-                raise RuntimeError(
-                    f"{name} does not support sparse gradients, got one for"
-                    f" {self._describe(param)}; use sparse=False in the embedding that made it"
-                )
-            if param.grad.is_complex():
-                raise RuntimeError(
-                    f"{name} does not support complex gradients, got one for"
-                    f" {self._describe(param)}"
-                )
+    def _check_gradients(self, params: Sequence[torch.Tensor]) -> None:
+        self._check_kinds(params)
         if params and (index := first_non_finite([p.grad for p in params])) is not None:
-            raise ValueError(
-                f"the gradient of {self._describe(params[index])} holds NaN or infinity; no"
-                " parameter was changed. Call zero_grad() and leave this batch out, lower the"
-                " learning rate or, in fp16, step through a GradScaler"
+            self._refuse_gradient(params[index])
+
+    def _refuse_gradient(self, param: torch.Tensor) -> NoReturn:
+        raise ValueError(
+            f"the gradient of {self._describe(param)} holds NaN or infinity; no parameter was"
+            " changed. Call zero_grad() and leave this batch out, lower the learning rate or, in"
+            " fp16, step through a GradScaler"
+        )
+
+    def _check_kinds(self, params: Iterable[torch.Tensor]) -> None:
+        for param in params:
+            sparse = param.grad.is_sparse or param.grad.is_sparse_csr
+            if not sparse and not param.grad.is_complex():
+                continue
+            kind = "sparse" if sparse else "complex"
+            remedy = "; use sparse=False in the embedding that made it" if sparse else ""
+            raise RuntimeError(
+                f"{self._name} does not support {kind} gradients, got one for"
+                f" {self._describe(param)}{remedy}"
             )
 
     def _describe(self, param: torch.Tensor) -> str:
@@ -292,5 +346,5 @@ class BaseOptimizer(Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: torch's part and the weight decay."""
-        return {**super().__getstate__(), "weight_decay": self.weight_decay}
+        """Return what pickle and deepcopy keep: torch's part and what is in no group."""
+        return {**super().__getstate__(), "weight_decay": self.weight_decay, "fused": self.fused}

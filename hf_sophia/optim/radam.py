@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from hf_sophia.optim.adam import adam_update, update_moments
-from hf_sophia.optim.base import BaseOptimizer, Group, State
+from hf_sophia.optim.base import BaseOptimizer, Batch, Group, State
+from hf_sophia.optim.fused_adam import AdamNumbers, not_fused_because, update_fused
 from hf_sophia.optim.validation import check_flag
 from hf_sophia.optim.weight_decay import WeightDecay
 
@@ -90,6 +91,8 @@ class RAdam(BaseOptimizer):
         amsgrad: bool = False,
         degenerated_to_sgd: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        *,
+        fused: bool | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -99,7 +102,26 @@ class RAdam(BaseOptimizer):
             "amsgrad": amsgrad,
             "degenerated_to_sgd": degenerated_to_sgd,
         }
-        super().__init__(params, options, weight_decay, defaults)
+        super().__init__(params, options, weight_decay, defaults, fused)
+
+    def _not_fused_because(self, param: torch.Tensor) -> str:
+        return not_fused_because(param, self.weight_decay)
+
+    def _update_batch(self, batch: Batch) -> None:
+        if self.fused is False:
+            return super()._update_batch(batch)
+        group = batch.group
+        beta2 = group["betas"][1]
+
+        def numbers(step: int) -> AdamNumbers | None:
+            r = rectification(beta2, step)
+            if r is None:  # the first few steps have no second moment
+                return None
+            return AdamNumbers.of(
+                group["lr"] * r, group["eps"], beta2, step, group["optimized_update"]
+            )
+
+        self._update_each(batch, update_fused(batch, self.weight_decay, numbers))
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())

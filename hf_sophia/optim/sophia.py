@@ -9,8 +9,11 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
-from hf_sophia.optim.base import BaseOptimizer, Group, State, first_non_finite
-from hf_sophia.optim.sharding import local, placed_like, total
+from hf_sophia.kernels import SMALLEST_RHO, StepScalars, no_kernel_because
+from hf_sophia.optim.base import BaseOptimizer, Batch, Group, State, first_non_finite
+from hf_sophia.optim.kernel_plan import KernelCall, KernelPlan
+from hf_sophia.optim.sharding import agreed_first, local, placed_like, total
+from hf_sophia.optim.sophia_update import curvature, updated_in_blocks
 from hf_sophia.optim.threshold import CoordinateSample, clipping_quantiles, smoothed
 from hf_sophia.optim.validation import (
     check_count,
@@ -31,9 +34,6 @@ AUTO = "auto"
 
 #: What has one rho of its own under `rho="auto"`.
 RHO_SCOPES = ("tensor", "group")
-
-#: Stands for a rho that there is none of yet: with it every coordinate that moves is clipped.
-_TINY = 1e-30
 
 
 class NonFiniteHessianError(ValueError):
@@ -57,35 +57,6 @@ def _check_hessian_computation_type(name: str, value: Any) -> None:
     if value not in HESSIAN_COMPUTATION_TYPES:
         known = ", ".join(map(repr, HESSIAN_COMPUTATION_TYPES))
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
-
-
-def sophia_update(
-    theta: torch.Tensor,
-    m: torch.Tensor,
-    h: torch.Tensor,
-    g: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    rho: float | torch.Tensor,
-    eps: float,
-    nesterov: bool = False,
-    hessian_weight: float = 1.0,
-) -> None:
-    """Change `m` and `theta` in place: lines 6 and 13 of Algorithm 3, with lr = eta * rho."""
-    m.lerp_(g, 1.0 - beta1)
-    ratio = curvature(h, eps, hessian_weight)
-    torch.div(m.lerp(g, 1.0 - beta1) if nesterov else m, ratio, out=ratio)
-    ratio.clamp_(-rho, rho)
-    if isinstance(rho, torch.Tensor):
-        theta.sub_(ratio.mul_(lr / rho))
-    else:
-        theta.add_(ratio, alpha=-lr / rho)
-
-
-def curvature(h: torch.Tensor, eps: float, hessian_weight: float) -> torch.Tensor:
-    """Return what to divide by, a new tensor: `max(h / hessian_weight, eps)`."""
-    return (h if hessian_weight == 1.0 else h / hessian_weight).clamp(min=eps)
 
 
 def _hessian_weight(group: Group) -> float:
@@ -132,6 +103,10 @@ class Sophia(BaseOptimizer):
             `m / max(h, eps)`: Nesterov's momentum as in Dozat, "Incorporating Nesterov momentum
             into Adam", 2016.
         bias_correction: Divide h by `1 - beta2^n` after n refreshes, as Adam does its averages.
+        fused: Take the step by a kernel, in one pass over memory. None: where there is one, which
+            is on the CPU for contiguous fp32 and bf16 parameters, with decoupled weight decay and
+            a C compiler; True: that or an error; False: never. The results are the same to
+            rounding.
 
     State per parameter: `step` (this optimizer's count of steps when the parameter last moved),
     `exp_avg` (m) and `hessian` (h), in fp32 at least, and `rho` where that is `"auto"`. Refreshes
@@ -197,6 +172,7 @@ class Sophia(BaseOptimizer):
         rho_scope: str = "tensor",
         nesterov: bool = False,
         bias_correction: bool = False,
+        fused: bool | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -217,7 +193,10 @@ class Sophia(BaseOptimizer):
         # A due step that passed without its refresh.
         self._missed_step: int | None = None
         self._warned = False
-        super().__init__(params, options, weight_decay, defaults)
+        # What the last step clipped, by parameters that are sharded alike, and of how many.
+        self._clipped: list[tuple[int | torch.Tensor, torch.Tensor]] = []
+        self._moved = 0
+        super().__init__(params, options, weight_decay, defaults, fused)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group; `k` and the estimator must be those of the other groups.
@@ -249,9 +228,11 @@ class Sophia(BaseOptimizer):
     @property
     def hessian_due(self) -> bool:
         """Whether `update_hessian` should be called before the next `step()`."""
-        t = self._next_step
+        return self._due_at(self._next_step)
+
+    def _due_at(self, step: int) -> bool:
         group = self.param_groups[0]
-        return (t - 1) % group["k"] == 0 and group["refreshed_step"] != t
+        return (step - 1) % group["k"] == 0 and group["refreshed_step"] != step
 
     @torch.no_grad()
     def update_hessian(self, mapping: Mapping[torch.Tensor, torch.Tensor]) -> None:
@@ -405,14 +386,6 @@ class Sophia(BaseOptimizer):
             param.grad = grad
         return loss
 
-    def _check_gradients(self, params: list[torch.Tensor]) -> None:
-        super()._check_gradients(params)
-        if self.hessian_due and params:
-            self._missed_step = self._current_step
-        moves = any(group["lr"] > 0.0 for group in self.param_groups)
-        if self._missed_step is not None and params and moves:
-            self._on_missed_refresh(self._missed_step)
-
     def _on_missed_refresh(self, due_step: int) -> None:
         """React to a step that moves parameters although the refresh of `due_step` never came."""
         if self._warned:
@@ -422,97 +395,182 @@ class Sophia(BaseOptimizer):
             f"Sophia steps without the Hessian refresh that was due at step {due_step}: where h is"
             " 0 it is sign momentum. Call update_hessian(...) when hessian_due, step(logits=...)"
             " or, for 'hutchinson', step(closure)",
-            stacklevel=8,
+            stacklevel=9,
         )
 
-    def _update(self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> None:
-        state["step"] = self._current_step
-        sophia_update(
-            theta,
-            state["exp_avg"],
-            state["hessian"],
-            grad,
+    def _check_refreshed(self) -> None:
+        """Notice that a refresh which was due by this step never came."""
+        if self._due_at(self._current_step):
+            self._missed_step = self._current_step
+        if self._missed_step is not None and any(group["lr"] > 0.0 for group in self.param_groups):
+            self._on_missed_refresh(self._missed_step)
+
+    def _not_fused_because(self, param: torch.Tensor) -> str:
+        if not self._kernels_decay:
+            return "kernels know decoupled weight decay only"
+        return no_kernel_because(param.device, param.dtype)
+
+    @property
+    def _kernels_decay(self) -> bool:
+        return type(self.weight_decay) is WeightDecay and self.weight_decay.weight_decouple
+
+    def _update_all(self, batches: list[Batch]) -> None:
+        params = [param for batch in batches for param in batch.params]
+        if not params:
+            return
+        self._check_refreshed()
+        shares = [(batch, self._plan(index, batch)) for index, batch in enumerate(batches)]
+        rest = [batch.params[index] for batch, plan in shares for index in plan.rest]
+        self._check_kinds(rest)
+        following = [batch for batch in batches if self._follows_now(batch)]
+        scalars = [self._scalars(batch.group) for batch in batches]
+        # A kernel finds on its way what is not finite and takes back what it did: unless more than
+        # its step depends on the gradients, or there is no way back.
+        if following or any(own.decay == 0.0 for own in scalars):
+            self._check_gradients(params)
+        rhos = [self._thresholds(batch) for batch in batches]
+        for batch in following:
+            self._follow(batch)
+        calls = [
+            (call, rho, own)
+            for (_, plan), rho, own in zip(shares, rhos, scalars, strict=True)
+            for call in plan.calls
+        ]
+        sharded = rest + [call.owner for call, _, _ in calls]
+        if not self._run(calls, rest, sharded):
+            self._check_gradients(params)  # says where
+        self._clipped = [(call.finish(), call.owner) for call, _, _ in calls]
+        for batch, plan in shares:
+            counts = self._update_each(batch, plan.rest)
+            owners = [batch.params[index] for index in plan.rest]
+            self._clipped += zip(counts, owners, strict=True)
+            for state in batch.states:
+                state["step"] = self._current_step
+        self._moved = sum(call.size for call, _, _ in calls)
+        self._moved += sum(param.numel() for param in rest)
+
+    def _plan(self, index: int, batch: Batch) -> KernelPlan:
+        """Say which of a group's parameters kernels take in this step."""
+        if self.fused is False or not self._kernels_decay:
+            return KernelPlan(rest=range(len(batch.params)))
+        plan = self.__dict__.setdefault("_plans", {}).setdefault(index, KernelPlan())
+        plan.refresh(batch.params, batch.grads, batch.states)
+        return plan
+
+    def _scalars(self, group: Group) -> StepScalars:
+        return StepScalars(
             lr=group["lr"],
+            decay=self.weight_decay.factor(group),
             beta1=group["betas"][0],
-            rho=state["rho"].clamp(min=_TINY) if group["rho"] == AUTO else group["rho"],
             eps=group["eps"],
-            nesterov=group["nesterov"],
             hessian_weight=_hessian_weight(group),
+            nesterov=group["nesterov"],
         )
 
-    def _before_updates(self, pairs: list[tuple[torch.Tensor, Group]]) -> None:
-        for group in self.param_groups:
-            if group["rho"] != AUTO:
-                continue
-            params = [param for param, owner in pairs if owner is group]
-            first = False
-            for param in params:
-                state = self._state_of(param, group)
-                if "rho" not in state:
-                    state["rho"] = torch.zeros((), device=local(param).device)
-                    # A run that had a number until now does not wait for the next refresh.
-                    first = group["hessian_weight"] > 0.0
-            if first or group["refreshed_step"] == self._current_step:
-                by_device: dict[torch.device, list[torch.Tensor]] = {}
-                for param in params:
-                    by_device.setdefault(local(param).device, []).append(param)
-                for same_device in by_device.values():
-                    self._follow(same_device, group)
+    def _thresholds(self, batch: Batch) -> float | list[torch.Tensor]:
+        """Return the number of a group, or what each of its parameters has."""
+        rho = batch.group["rho"]
+        if rho != AUTO:
+            return float(rho)
+        for param, state in zip(batch.params, batch.states, strict=True):
+            if "rho" not in state:
+                state["rho"] = torch.zeros((), device=local(param).device)
+        return [state["rho"] for state in batch.states]
 
-    def _follow(self, params: list[torch.Tensor], group: Group) -> None:
-        """Bring the rho of some parameters of one device towards this step's quantile."""
+    def _run(
+        self,
+        calls: list[tuple[KernelCall, float | list[torch.Tensor], StepScalars]],
+        rest: list[torch.Tensor],
+        sharded: list[torch.Tensor],
+    ) -> bool:
+        """Let kernels take their part of a step; return whether all gradients are finite.
+
+        Where one is not, on this process or on another that has shards of the same parameters,
+        everything is as it was, to rounding.
+        """
+        grads = [local(placed_like(param.grad, param)) for param in rest]
+        finite = not grads or first_non_finite(grads) is None
+        done = []
+        for call, rho, scalars in calls:
+            if finite:
+                done.append(call)
+                finite = call.update(rho, scalars)
+        if agreed_first(None if finite else 0, sharded) is not None:
+            for call in done:
+                call.undo()
+            return False
+        return True
+
+    def _update(
+        self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group
+    ) -> torch.Tensor:
+        rho = state["rho"].clamp(min=SMALLEST_RHO) if group["rho"] == AUTO else group["rho"]
+        tensors = (theta, state["exp_avg"], state["hessian"], grad)
+        return updated_in_blocks(tensors, rho, self._scalars(group))
+
+    def _follows_now(self, batch: Batch) -> bool:
+        """Whether the group's thresholds are brought up to date in this step."""
+        group = batch.group
+        if group["rho"] != AUTO or not batch.params:
+            return False
+        # A run that had a number until now does not wait for the next refresh.
+        new = group["hessian_weight"] > 0.0 and not all("rho" in state for state in batch.states)
+        return new or group["refreshed_step"] == self._current_step
+
+    def _follow(self, batch: Batch) -> None:
+        by_device: dict[torch.device, list[int]] = {}
+        for index, param in enumerate(batch.params):
+            by_device.setdefault(local(param).device, []).append(index)
+        for indices in by_device.values():
+            self._follow_on_one_device(batch, indices)
+
+    def _follow_on_one_device(self, batch: Batch, indices: list[int]) -> None:
+        """Bring the rho of some parameters towards this step's quantile."""
         cache = self.__dict__.setdefault("_samples", {})
-        beta1 = group["betas"][0]
+        scalars = self._scalars(batch.group)
+        params = [batch.params[index] for index in indices]
+        states = [batch.states[index] for index in indices]
         samples, ratios = [], []
-        for param in params:
+        for param, state in zip(params, states, strict=True):
             if param not in cache:
                 cache[param] = CoordinateSample(param)
-            sample, state = cache[param], self.state[param]
+            sample = cache[param]
             m, h, g = (
                 sample.take(local(tensor))
                 for tensor in (state["exp_avg"], state["hessian"], placed_like(param.grad, param))
             )
             g = g.to(m.dtype)
-            m = m.lerp_(g, 1.0 - beta1)
-            if group["nesterov"]:
-                m = m.lerp_(g, 1.0 - beta1)
+            m = m.lerp_(g, 1.0 - scalars.beta1)
+            if scalars.nesterov:
+                m = m.lerp_(g, 1.0 - scalars.beta1)
             samples.append(sample)
-            divisor = curvature(h, group["eps"], _hessian_weight(group))
+            divisor = curvature(h, scalars)
             ratio = m.abs_().div_(divisor)
-            ratios.append(torch.where(divisor > group["eps"], ratio, -ratio))
+            ratios.append(torch.where(divisor > scalars.eps, ratio, -ratio))
         quantiles = clipping_quantiles(
             params,
             samples,
             ratios,
-            group["target_clip_fraction"],
-            together=group["rho_scope"] == "group",
+            batch.group["target_clip_fraction"],
+            together=batch.group["rho_scope"] == "group",
         )
-        old = torch.stack([self.state[param]["rho"].to(quantiles.dtype) for param in params])
-        for param, rho in zip(params, smoothed(old, quantiles), strict=True):
-            self.state[param]["rho"] = rho.clone()
+        old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
+        for state, rho in zip(states, smoothed(old, quantiles), strict=True):
+            state["rho"].copy_(rho)
 
     @torch.no_grad()
     def clip_fraction(self) -> torch.Tensor:
-        """Return the share of coordinates whose last update was clipped, in [0, 1].
+        """Return the share of the coordinates of the last step that were clipped, in [0, 1].
 
-        That is `|m| >= rho max(h, eps)`, over all parameters that have moved; the authors' win rate
-        is 1 minus it. A zero-dimensional tensor on the parameters' device, without a device sync.
-        Where parameters are sharded, all processes call it together.
+        Those are the ones with `|m| >= rho max(h, eps)`; the authors' win rate is 1 minus the
+        share. A zero-dimensional tensor on the parameters' device, without a device sync; 0 before
+        the first step. Where parameters are sharded, all processes call it together.
         """
-        moved, clipped = [], []
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                if state and state["step"]:
-                    rho = state["rho"] if group["rho"] == AUTO else group["rho"]
-                    bound = curvature(
-                        local(state["hessian"]), group["eps"], _hessian_weight(group)
-                    ).mul_(rho)
-                    clipped.append((local(state["exp_avg"]).abs() >= bound).sum())
-                    moved.append(param)
-        if not moved:
+        if not self._clipped:
             return torch.zeros(())
-        return total(clipped, moved) / sum(param.numel() for param in moved)
+        counts = [torch.as_tensor(count, dtype=torch.float64) for count, _ in self._clipped]
+        owners = [owner for _, owner in self._clipped]
+        return (total(counts, owners) / self._moved).to(torch.float32)
 
     @torch.no_grad()
     def mean_rho(self) -> torch.Tensor:
@@ -526,7 +584,9 @@ class Sophia(BaseOptimizer):
                 state = self.state.get(param)
                 if state and state["step"]:
                     own = state["rho"] if group["rho"] == AUTO else torch.tensor(group["rho"])
-                    logs.append(own.clamp(min=_TINY).to(local(param).device, torch.float32).log())
+                    logs.append(
+                        own.clamp(min=SMALLEST_RHO).to(local(param).device, torch.float32).log()
+                    )
                     sizes.append(param.numel())
         if not logs:
             return torch.zeros(())
@@ -556,5 +616,5 @@ class Sophia(BaseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_missed_step", "_warned")
+        kept = ("_missed_step", "_warned", "_clipped", "_moved")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

@@ -127,7 +127,9 @@ def clipping_quantiles(
         parts = table.where(moving, torch.nan).split(ROWS_AT_ONCE)
         quantiles = torch.cat([part.nanquantile(1.0 - target, dim=1) for part in parts])
         return quantiles.nan_to_num(0.0)
-    each = [param.numel() / sample.size for param, sample in zip(params, samples, strict=True)]
+    each = [
+        param.numel() / max(sample.size, 1) for param, sample in zip(params, samples, strict=True)
+    ]
     weight = torch.tensor(each, device=table.device)[:, None].where(moving, 0.0).reshape(-1)
     values, order = table.reshape(-1).sort()
     below = weight[order].cumsum(0)

@@ -73,5 +73,14 @@ class WeightDecay:
             return grad
         if not self.weight_decouple:
             return grad.add(param, alpha=strength)
-        param.mul_(1.0 - (strength if self.absolute else group["lr"] * strength))
+        param.mul_(self.factor(group))
         return grad
+
+    def factor(self, group: dict[str, Any]) -> float:
+        """Return what a decoupled decay multiplies parameters by.
+
+        Args:
+            group: The parameter group: reads `weight_decay`, and `lr` unless `absolute`.
+        """
+        strength = group["weight_decay"]
+        return 1.0 - (strength if self.absolute else group["lr"] * strength)

@@ -74,11 +74,13 @@ OPTION_TABLES = {
             "k": _parse_int,
             "hessian_computation_type": str,
             "hessian_batch_fraction": _parse_float,
+            "fused": _parse_bool,
         },
         eps_from_adam_epsilon=False,
     ),
     "adam": OptionTable(
-        {**_BETAS_AND_EPS, "optimized_update": _parse_bool}, eps_from_adam_epsilon=True
+        {**_BETAS_AND_EPS, "optimized_update": _parse_bool, "fused": _parse_bool},
+        eps_from_adam_epsilon=True,
     ),
     "radam": OptionTable(
         {
@@ -86,6 +88,7 @@ OPTION_TABLES = {
             "optimized_update": _parse_bool,
             "amsgrad": _parse_bool,
             "degenerated_to_sgd": _parse_bool,
+            "fused": _parse_bool,
         },
         eps_from_adam_epsilon=True,
     ),

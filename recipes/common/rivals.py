@@ -163,9 +163,8 @@ class SecondMomentSophia(Sophia):
         """Never, as no estimate is needed."""
         return False
 
-    def _before_updates(self, pairs: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
-        if (self._steps - 1) % self.param_groups[0]["k"] == 0:
-            super()._before_updates(pairs)
+    def _follows_now(self, batch: Any) -> bool:
+        return batch.group["rho"] == "auto" and (self._steps - 1) % batch.group["k"] == 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -21,6 +21,7 @@ SPECIFIED = {
         "weight_decay": WeightDecay(),
         "optimized_update": True,
         "defaults": None,
+        "fused": None,
     },
     "radam": {
         "lr": 1e-3,
@@ -31,6 +32,7 @@ SPECIFIED = {
         "amsgrad": False,
         "degenerated_to_sgd": True,
         "defaults": None,
+        "fused": None,
     },
     "sophia": {
         "lr": 1e-4,
@@ -45,6 +47,7 @@ SPECIFIED = {
         "rho_scope": "tensor",
         "nesterov": False,
         "bias_correction": False,
+        "fused": None,
     },
 }
 

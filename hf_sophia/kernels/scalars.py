@@ -1,0 +1,24 @@
+"""What the forms of Sophia's step take besides tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepScalars:
+    """The options of one step.
+
+    Args:
+        lr: The largest step per coordinate.
+        decay: What parameters are multiplied by first.
+        beta1: Decay rate of the gradient's average.
+        eps: Smallest curvature to divide by.
+        hessian_weight: What the Hessian's average is divided by.
+        nesterov: Clip the average's next value along the gradient.
+    """
+
+    lr: float
+    decay: float
+    beta1: float
+    eps: float
+    hessian_weight: float
+    nesterov: bool

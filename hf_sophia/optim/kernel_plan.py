@@ -1,0 +1,174 @@
+"""Which parameters of a group a kernel updates, and which are left to the eager form.
+
+A kernel works on addresses, so they have to be those of this step: gradients are new tensors each
+time, a parameter may have been moved or its state loaded. All of it is looked at in every step, and
+found anew where anything is not as it was; what is kept saves only the work of finding the same
+answer again.
+"""
+
+from collections.abc import Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from hf_sophia.kernels import StepScalars, kernel_for
+from hf_sophia.optim.sharding import local, placed_like
+
+Tensors = Sequence[torch.Tensor]
+
+
+class KernelCall:
+    """Parameters of one device and dtype that one call of a kernel updates.
+
+    Args:
+        indices: Their places among the group's; None: all of them.
+        fixed: The group's parameters, their `exp_avg` and their `hessian`.
+        owners: The group's parameters, whole or sharded; those of a call are sharded alike.
+
+    Attributes:
+        owner: One of the parameters, for the others are sharded as it is.
+        size: The number of coordinates, on all processes that have shards of them.
+    """
+
+    def __init__(
+        self, indices: Sequence[int] | None, fixed: Sequence[Tensors], owners: Tensors
+    ) -> None:
+        # A getter of a single index would not return a sequence.
+        self._select = None if indices is None else itemgetter(*indices, indices[0])
+        self._fixed = [self.of(tensors) for tensors in fixed]
+        self._places = _places(self._fixed)
+        self.owner = self.of(owners)[0]
+        self.size = sum(owner.numel() for owner in self.of(owners))
+        first = self._fixed[0][0]
+        self._dtype = first.dtype
+        self._kernel = kernel_for(first.device, first.dtype)(*self._fixed)
+        self._grads: Tensors = ()
+
+    def of(self, values: Tensors) -> Tensors:
+        """Return those of the group's tensors that belong to this call."""
+        return values if self._select is None else self._select(values)[:-1]
+
+    def fits(self, fixed: Sequence[Tensors], grads: Tensors) -> bool:
+        """Whether all tensors are those of before, where they were, and gradients are like them."""
+        fixed = [self.of(tensors) for tensors in fixed]
+        self._grads = self.of(grads)
+        return (
+            all(map(_same, fixed, self._fixed))
+            and _places(fixed) == self._places
+            and all(map(torch.Tensor.is_contiguous, fixed[0]))  # transposed it lies there too
+            and _like(self._grads, self._dtype)
+        )
+
+    def update(self, rho: float | Tensors, scalars: StepScalars) -> bool:
+        """Take the step for the gradients that were found to fit.
+
+        Args:
+            rho: The group's threshold, or one for each of its parameters.
+            scalars: The other options.
+
+        Returns:
+            Whether all gradients are finite; else there is something to `undo`.
+        """
+        own = rho if isinstance(rho, float) else self.of(rho)
+        return self._kernel.update(self._grads, own, scalars)
+
+    def undo(self) -> None:
+        """Take back the last update, to rounding."""
+        self._kernel.undo()
+
+    def finish(self) -> int:
+        """Let go of the gradients; return the number of coordinates that were clipped."""
+        self._grads = ()
+        return self._kernel.clipped
+
+
+class KernelPlan:
+    """How one group's parameters are shared out between kernels and the eager form.
+
+    Args:
+        rest: The places of the parameters that no kernel takes.
+    """
+
+    def __init__(self, rest: Sequence[int] = ()) -> None:
+        self.calls: list[KernelCall] = []
+        self.rest = rest
+        self._length = -1
+        self._sharded = False
+
+    def refresh(self, params: Tensors, grads: Tensors, states: Sequence[dict[str, Any]]) -> None:
+        """Bring the plan up to date with this step's tensors.
+
+        Args:
+            params: The group's parameters that have a gradient.
+            grads: Their gradients.
+            states: Their state, with `exp_avg` and `hessian`.
+        """
+        fixed = [params, [s["exp_avg"] for s in states], [s["hessian"] for s in states]]
+        if self._sharded:
+            fixed, grads = _shards(fixed, grads)
+        if (
+            len(grads) == self._length
+            and all([call.fits(fixed, grads) for call in self.calls])
+            and not any([_kernel_takes(*(part[i] for part in (*fixed, grads))) for i in self.rest])
+        ):
+            return
+        if not self._sharded and any(isinstance(param, DTensor) for param in params):
+            self._sharded = True
+            fixed, grads = _shards(fixed, grads)
+        self._make(fixed, grads, params)
+
+    def _make(self, fixed: Sequence[Tensors], grads: Tensors, owners: Tensors) -> None:
+        self._length = len(grads)
+        alike: dict[Any, list[int]] = {}
+        rest = []
+        for index, (param, m, h, grad) in enumerate(zip(*fixed, grads, strict=True)):
+            if _kernel_takes(param, m, h, grad):
+                owner = owners[index]
+                cut = owner.placements if isinstance(owner, DTensor) else None
+                alike.setdefault((param.device, param.dtype, cut), []).append(index)
+            else:
+                rest.append(index)
+        self.rest = rest
+        self.calls = [
+            KernelCall(None if len(indices) == len(grads) else indices, fixed, owners)
+            for indices in alike.values()
+        ]
+        for call in self.calls:
+            call.fits(fixed, grads)  # takes up the gradients
+
+
+def _shards(fixed: Sequence[Tensors], grads: Tensors) -> tuple[list[Tensors], Tensors]:
+    own = [local(placed_like(grad, param)) for grad, param in zip(grads, fixed[0], strict=True)]
+    return [[local(tensor) for tensor in tensors] for tensors in fixed], own
+
+
+def _kernel_takes(
+    param: torch.Tensor, m: torch.Tensor, h: torch.Tensor, grad: torch.Tensor
+) -> bool:
+    return (
+        kernel_for(param.device, param.dtype) is not None
+        and type(param) in (torch.Tensor, torch.nn.Parameter)
+        and _like([param, grad], param.dtype)
+        and _like([m, h], torch.float32)
+        and m.device == h.device == param.device
+    )
+
+
+def _like(tensors: Tensors, dtype: torch.dtype) -> bool:
+    """Whether all are of a dtype and lie in memory without gaps, in order of their indices."""
+    try:
+        return all([tensor.dtype is dtype for tensor in tensors]) and all(
+            map(torch.Tensor.is_contiguous, tensors)
+        )
+    except RuntimeError:  # some sparse layouts do not know
+        return False
+
+
+def _places(tensors: Sequence[Tensors]) -> list[list[int]]:
+    return [list(map(torch.Tensor.data_ptr, same)) for same in tensors]
+
+
+def _same(now: Tensors, before: Tensors) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))

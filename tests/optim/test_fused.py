@@ -1,0 +1,369 @@
+"""The fused step: the eager one to rounding, however parameters, state and gradients change."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from hf_sophia import WeightDecay
+from hf_sophia.kernels import no_kernel_because
+from hf_sophia.optim import OPTIMIZERS, Sophia
+from hf_sophia.optim.kernel_plan import KernelCall
+
+CPU = torch.device("cpu")
+
+needs_kernel = pytest.mark.skipif(
+    bool(no_kernel_because(CPU, torch.float32)),
+    reason=no_kernel_because(CPU, torch.float32) or "-",
+)
+
+SHAPES = ((70, 300), (300,), (), (5, 4, 3), (0, 2))
+
+SOPHIA_OPTIONS = [
+    {},
+    {"nesterov": True},
+    {"bias_correction": True},
+    {"rho": "auto", "target_clip_fraction": 0.2, "nesterov": True, "bias_correction": True},
+    {"rho": "auto", "rho_scope": "group", "target_clip_fraction": 0.2},
+    {"weight_decay": WeightDecay(0.1)},
+    {"weight_decay": WeightDecay(0.01, absolute=True)},
+    {"weight_decay": WeightDecay(0.1, weight_decouple=False)},
+    {"betas": (0.0, 0.5)},
+]
+ADAM_OPTIONS = [
+    {},
+    {"eps": 1e-3},
+    {"eps": 1e-3, "optimized_update": False},
+    {"weight_decay": WeightDecay(0.1)},
+    {"weight_decay": WeightDecay(0.01, absolute=True)},
+    {"weight_decay": WeightDecay(0.1, weight_decouple=False)},
+]
+RADAM_OPTIONS = [
+    *ADAM_OPTIONS,
+    {"amsgrad": True, "weight_decay": 0.1},
+    {"degenerated_to_sgd": False, "weight_decay": 0.1},
+]
+CASES = [
+    pytest.param(name, options, id=f"{name}-{index}")
+    for name, table in (
+        ("sophia", SOPHIA_OPTIONS),
+        ("adam", ADAM_OPTIONS),
+        ("radam", RADAM_OPTIONS),
+    )
+    for index, options in enumerate(table)
+]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES
+    ]
+
+
+def take_step(optimizer: torch.optim.Optimizer, step: int, only: slice = slice(None)) -> None:
+    """Take a step with gradients and estimates of that number."""
+    generator = torch.Generator().manual_seed(step)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        noise = torch.randn(param.shape, generator=generator)
+        param.grad = noise.to(param.dtype)
+    estimates = {p: torch.rand(p.shape, generator=generator).square() for p in params}
+    for param in set(params) - set(params[only]):
+        param.grad = None
+    if isinstance(optimizer, Sophia) and optimizer.hessian_due:
+        optimizer.update_hessian(estimates)
+    optimizer.step()
+
+
+def assert_alike(one: torch.optim.Optimizer, other: torch.optim.Optimizer, atol=5e-6) -> None:
+    # A dozen steps round the parameters, of up to 4, twice each.
+    pairs = zip(
+        itertools.chain(*(group["params"] for group in one.param_groups)),
+        itertools.chain(*(group["params"] for group in other.param_groups)),
+        strict=True,
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=atol)
+        assert one.state[a].keys() == other.state[b].keys()
+        for key, value in one.state[a].items():
+            torch.testing.assert_close(value, other.state[b][key], rtol=2e-5, atol=1e-6)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[KernelCall]:
+    """The kernel calls that steps were taken by."""
+    seen = []
+    update = KernelCall.update
+
+    def watched(call, *args) -> bool:
+        seen.append(call)
+        return update(call, *args)
+
+    monkeypatch.setattr(KernelCall, "update", watched)
+    return seen
+
+
+@pytest.fixture
+def fused_adam_calls(monkeypatch) -> list[int]:
+    """How many tensors each call of torch's kernel had."""
+    seen = []
+    for name in ("_fused_adam_", "_fused_adamw_"):
+
+        def watched(params, *args, original=getattr(torch, name), **options) -> None:
+            seen.append(len(params))
+            original(params, *args, **options)
+
+        monkeypatch.setattr(torch, name, watched)
+    return seen
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_it_is_the_eager_step(name, options, calls, fused_adam_calls) -> None:
+    options = {"lr": 0.01, **({"rho": 0.2, "k": 3} if name == "sophia" else {}), **options}
+    forms = [OPTIMIZERS[name](parameters(), **options, fused=form) for form in (None, False)]
+    fractions = []
+    for step in range(1, 13):
+        for optimizer in forms:
+            take_step(optimizer, step)
+        if name == "sophia":
+            fractions.append([float(optimizer.clip_fraction()) for optimizer in forms])
+    assert_alike(*forms)
+    for fused, eager in fractions:
+        assert fused == pytest.approx(eager, abs=2 / 21_000)
+    decay = options.get("weight_decay", 0.0)
+    coupled = isinstance(decay, WeightDecay) and not decay.weight_decouple
+    if name == "sophia":
+        assert len(calls) == (0 if coupled else 12)
+    else:
+        # RAdam's first steps are not adaptive, and not torch's.
+        assert fused_adam_calls == [len(SHAPES)] * (7 if name == "radam" else 12)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_learning_rate_of_zero_only_decays(name) -> None:
+    for decay, factor in ((WeightDecay(0.1), 1.0), (WeightDecay(0.1, absolute=True), 0.9)):
+        params = parameters()
+        before = [param.detach().clone() for param in params]
+        optimizer = OPTIMIZERS[name](params, lr=0.0, weight_decay=decay)
+        for step in range(1, 9):
+            take_step(optimizer, step)
+        for param, old in zip(params, before, strict=True):
+            torch.testing.assert_close(param.detach(), old * factor**8)
+
+
+def move(optimizer: Sophia) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.data = param.data.clone()
+
+
+def replace_state(optimizer: Sophia) -> None:
+    for state in optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].clone()
+        state["hessian"] = state["hessian"].clone()
+
+
+def move_state(optimizer: Sophia) -> None:
+    for state in optimizer.state.values():
+        state["exp_avg"].data = state["exp_avg"].data.clone()
+        state["hessian"].data = state["hessian"].data.clone()
+
+
+def load(optimizer: Sophia) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def add_group(optimizer: Sophia) -> None:
+    extra = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 33))
+    optimizer.add_param_group({"params": [extra], "lr": 0.02})
+
+
+def reverse(optimizer: Sophia) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def transpose(optimizer: Sophia) -> None:
+    # The same memory at the same place, in another order.
+    param = optimizer.param_groups[0]["params"][0]
+    for state in optimizer.state.values():
+        if state["exp_avg"].shape == param.shape:
+            for name in ("exp_avg", "hessian"):
+                state[name].data = state[name].data.t().reshape(param.shape[::-1])
+    param.data = param.data.t()
+
+
+def change_options(optimizer: Sophia) -> None:
+    optimizer.param_groups[0].update(
+        rho=0.5, lr=0.003, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.3
+    )
+
+
+def forget_moments(optimizer: Sophia) -> None:
+    for param in optimizer.param_groups[0]["params"][:2]:
+        del optimizer.state[param]
+
+
+CHANGES = [
+    move,
+    replace_state,
+    move_state,
+    load,
+    add_group,
+    reverse,
+    transpose,
+    change_options,
+    forget_moments,
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_between_steps_is_noticed(change, calls) -> None:
+    forms = [Sophia(parameters(), lr=0.01, rho=0.2, k=3, fused=form) for form in (None, False)]
+    for optimizer in forms:
+        for step in (1, 2):
+            take_step(optimizer, step)
+        change(optimizer)
+        for step in (3, 4, 5):
+            take_step(optimizer, step)
+    assert_alike(*forms)
+    assert len(calls) >= 5
+
+
+@needs_kernel
+def test_gradients_that_come_and_go_are_noticed(calls) -> None:
+    forms = [Sophia(parameters(), lr=0.01, rho=0.2, k=2, fused=form) for form in (None, False)]
+    some = (slice(None), slice(1, 3), slice(0, 0), slice(2, 4), slice(None), slice(0, 1))
+    for step, only in enumerate(some, start=1):
+        for optimizer in forms:
+            take_step(optimizer, step, only)
+    assert_alike(*forms)
+    assert len(calls) == 5  # none where there is no gradient
+
+
+@needs_kernel
+def test_a_model_cast_between_steps_goes_on(calls) -> None:
+    """From fp32 to bf16, whose kernel is another, and to float64, which has none."""
+    forms = [Sophia(parameters(), lr=0.01, rho=0.2, k=3, fused=form) for form in (None, False)]
+    for optimizer in forms:
+        step = 0
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad = None
+                param.data = param.data.to(dtype)
+            for _ in range(2):
+                step += 1
+                take_step(optimizer, step)
+    # bf16 halves a difference in fp32's last bit up or down now and then.
+    assert_alike(*forms, atol=0.02)
+    assert len(calls) == 6
+
+
+@needs_kernel
+def test_layouts_and_dtypes_without_a_kernel_take_the_eager_step_beside_it(calls) -> None:
+    def mixed() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        return [
+            torch.nn.Parameter(torch.randn(40, 30)),
+            torch.nn.Parameter(torch.randn(30, 40).t()),
+            torch.nn.Parameter(torch.randn(20, dtype=torch.float64)),
+            torch.nn.Parameter(torch.randn(20).bfloat16()),
+            torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+            torch.nn.Parameter(torch.randn(7)),
+        ]
+
+    forms = [Sophia(mixed(), lr=0.01, rho=0.2, k=3, fused=form) for form in (None, False)]
+    for step in range(1, 6):
+        for optimizer in forms:
+            take_step(optimizer, step)
+    assert_alike(*forms)
+    assert len(calls) == 2 * 5  # fp32 and bf16
+    assert float(forms[0].clip_fraction()) == pytest.approx(float(forms[1].clip_fraction()))
+
+
+@needs_kernel
+@pytest.mark.parametrize("where", [0, 3])
+@pytest.mark.parametrize("eager", [False, True], ids=["kernel", "beside"])
+@pytest.mark.parametrize("rho", [0.2, "auto"])
+def test_after_a_gradient_that_is_not_finite_all_is_as_before(where, eager, rho) -> None:
+    params = parameters()
+    extra = torch.nn.Parameter(torch.ones(9, dtype=torch.float64 if eager else torch.float32))
+    optimizer = Sophia([*params, extra], lr=0.01, rho=rho, k=3)
+    twin = copy.deepcopy(optimizer)
+    for step in (1, 2, 3):
+        take_step(optimizer, step)
+        take_step(twin, step)
+    hurt = extra if eager else params[where]
+    for param in (*params, extra):
+        param.grad = torch.ones_like(param)
+    hurt.grad.view(-1)[-1] = float("inf")
+    with pytest.raises(ValueError, match=f"parameter {5 if eager else where} .*no parameter was"):
+        optimizer.step()
+    assert_alike(optimizer, twin)
+    take_step(optimizer, 4)
+    take_step(twin, 4)
+    assert_alike(optimizer, twin)
+
+
+@needs_kernel
+def test_copies_have_kernels_of_their_own() -> None:
+    optimizer = Sophia(parameters(), lr=0.01, rho=0.2, k=3)
+    take_step(optimizer, 1)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        before = [param.detach().clone() for param in optimizer.param_groups[0]["params"]]
+        take_step(other, 2)
+        assert all(map(torch.equal, before, optimizer.param_groups[0]["params"]))
+        assert other.fused is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_steady_step_makes_no_tensor_of_a_parameters_size(name) -> None:
+    params = [torch.nn.Parameter(torch.randn(400, 500)) for _ in range(3)]
+    optimizer = OPTIMIZERS[name](params, lr=0.01)
+    for step in range(1, 8):
+        take_step(optimizer, step)
+    for fused in (None, False) if name == "sophia" else (None,):
+        optimizer.fused = fused
+        optimizer.step()
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+            optimizer.step()
+        made = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+        largest = max(event.cpu_memory_usage for event in profile.events())
+        assert largest < params[0].nbytes, (fused, largest)
+        if fused is None:
+            assert made < params[0].nbytes / 10
+
+
+def test_fused_true_is_that_or_an_error() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    half = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    for name, make in OPTIMIZERS.items():
+        if name != "sophia" or not no_kernel_because(CPU, torch.float32):
+            assert make([weight], fused=True).fused is True
+        with pytest.raises(ValueError, match=r"fused=True.*shape \(3,\).*float16.*None"):
+            make([half], fused=True)
+        meta = torch.nn.Parameter(torch.ones(3, device="meta"))
+        with pytest.raises(ValueError, match="fused=True.*device 'meta'"):
+            make([meta], fused=True)
+        with pytest.raises(TypeError, match="fused must be True or False, got 'yes'"):
+            make([weight], fused="yes")
+    with pytest.raises(ValueError, match="decoupled"):
+        Sophia([weight], fused=True, weight_decay=WeightDecay(0.1, weight_decouple=False))
+
+
+def test_without_a_compiler_the_step_is_the_eager_one(monkeypatch) -> None:
+    from hf_sophia.kernels import cpu
+
+    monkeypatch.setattr(cpu, "missing", lambda: "there is no C compiler")
+    forms = [Sophia(parameters(), lr=0.01, rho=0.2, k=3, fused=form) for form in (None, False)]
+    for optimizer in forms:
+        take_step(optimizer, 1)
+    for one, other in zip(*(form.param_groups[0]["params"] for form in forms), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="fused=True.*no C compiler"):
+        Sophia(parameters(), fused=True)
