@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ LAYERS = ["kernels", "estimators", "optim", "trainer"]
 
 #: What each layer may know besides the standard library. The metrics stand alone.
 LIBRARIES = {
-    "kernels": {"torch"},
+    "kernels": {"torch", "triton"},
     "estimators": {"torch"},
     "optim": {"torch"},
     "trainer": {"torch", "numpy", "transformers", "accelerate", "peft", "safetensors"},
@@ -76,6 +77,7 @@ def modules() -> list[str]:
         info.name
         for info in pkgutil.walk_packages(hf_sophia.__path__, "hf_sophia.")
         if not info.name.startswith("hf_sophia.metrics.")
+        and (find_spec("triton") or not info.name.endswith(".triton_kernel"))
     ]
 
 

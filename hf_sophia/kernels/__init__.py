@@ -1,4 +1,4 @@
-"""Sophia's step in one pass over memory, for a list of tensors at a time.
+"""Sophia's step in one pass over memory, for a list of tensors at a time, on CPU and CUDA.
 
 A kernel is made from the parameters, their `exp_avg` and their `hessian`, and updates them in place
 as often as they stay where they are. The optimizer asks for one by device and dtype and never sees
@@ -10,14 +10,13 @@ from typing import Protocol
 
 import torch
 
-from hf_sophia.kernels import cpu
-from hf_sophia.kernels.scalars import StepScalars
+from hf_sophia.kernels import cpu, cuda
+from hf_sophia.kernels.scalars import SMALLEST_RHO, StepScalars
 
 __all__ = ["SMALLEST_RHO", "Kernel", "StepScalars", "kernel_for", "no_kernel_because"]
 
 
-#: Stands for a rho that there is none of yet: with it every coordinate that moves is clipped.
-SMALLEST_RHO = 1e-30
+_KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
 class Kernel(Protocol):
@@ -41,35 +40,43 @@ class Kernel(Protocol):
         grads: Sequence[torch.Tensor],
         rho: float | Sequence[torch.Tensor],
         scalars: StepScalars,
-    ) -> bool:
+    ) -> None:
         """Take a step.
 
         Args:
             grads: The gradients, of the parameters' dtype.
             rho: The threshold, or one of no dimension in fp32 for each parameter.
             scalars: The other options.
+        """
 
-        Returns:
-            Whether all gradients are finite; else there is something to `undo`.
+    def finite(self) -> bool:
+        """Whether all gradients were finite, as far as is known without waiting for a device.
+
+        On the CPU these are the last update's, and it can be taken back. On other devices they may
+        be those of a step before, in which the coordinates of the others were updated as if their
+        gradients were 0.
         """
 
     def undo(self) -> None:
-        """Take back the last update, to rounding; its gradients must still be there."""
+        """Take back the last update, to rounding, where its gradients are still at hand."""
 
     @property
-    def clipped(self) -> int:
-        """The number of coordinates that the last update clipped."""
+    def clipped(self) -> int | torch.Tensor:
+        """The number of coordinates that the last update clipped; on a device, a tensor there."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> type[Kernel] | None:
     """Return the kernel for parameters of a device and dtype, or None where there is none."""
-    return None if no_kernel_because(device, dtype) else cpu.CpuStep
+    if no_kernel_because(device, dtype):
+        return None
+    return cpu.CpuStep if device.type == "cpu" else cuda.TritonStep
 
 
 def no_kernel_because(device: torch.device, dtype: torch.dtype) -> str:
     """Say why there is no kernel for parameters of a device and dtype; empty: there is one."""
-    if device.type != "cpu":
-        return f"there is none for device {device.type!r}"
-    if dtype not in cpu.DTYPES:
-        return f"there is none for {dtype}, only for {', '.join(map(str, cpu.DTYPES))}"
-    return cpu.missing()
+    if device.type not in _KERNELS:
+        return f"there is no kernel for device {device.type!r}"
+    own = _KERNELS[device.type]
+    if dtype not in own.DTYPES:
+        return f"there is no kernel for {dtype}, only for {', '.join(map(str, own.DTYPES))}"
+    return own.missing()

@@ -111,8 +111,8 @@ class CpuStep:
         grads: Sequence[torch.Tensor],
         rho: float | Sequence[torch.Tensor],
         scalars: StepScalars,
-    ) -> bool:
-        """Take a step; return whether all gradients are finite."""
+    ) -> None:
+        """Take a step."""
         if isinstance(rho, float):
             self._number[0] = rho
             thresholds = self._one_for_all
@@ -126,7 +126,10 @@ class CpuStep:
         job.nesterov, job.undo = scalars.nesterov, False
         job.bad = job.clipped = 0
         self._run()
-        return not job.bad
+
+    def finite(self) -> bool:
+        """Whether all gradients of the last update were finite."""
+        return not self._job.bad
 
     def undo(self) -> None:
         """Take back the last update, to rounding; its gradients must still be there."""

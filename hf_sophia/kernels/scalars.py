@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+#: Stands for a rho that there is none of yet: with it every coordinate that moves is clipped.
+SMALLEST_RHO = 1e-30
+
 
 @dataclass(frozen=True, slots=True)
 class StepScalars:

@@ -69,16 +69,17 @@ class KernelCall:
             scalars: The other options.
 
         Returns:
-            Whether all gradients are finite; else there is something to `undo`.
+            Whether all gradients are known to be finite; else there is something to `undo`.
         """
         own = rho if isinstance(rho, float) else self.of(rho)
-        return self._kernel.update(self._grads, own, scalars)
+        self._kernel.update(self._grads, own, scalars)
+        return self._kernel.finite()
 
     def undo(self) -> None:
         """Take back the last update, to rounding."""
         self._kernel.undo()
 
-    def finish(self) -> int:
+    def finish(self) -> int | torch.Tensor:
         """Let go of the gradients; return the number of coordinates that were clipped."""
         self._grads = ()
         return self._kernel.clipped

@@ -104,9 +104,9 @@ class Sophia(BaseOptimizer):
             into Adam", 2016.
         bias_correction: Divide h by `1 - beta2^n` after n refreshes, as Adam does its averages.
         fused: Take the step by a kernel, in one pass over memory. None: where there is one, which
-            is on the CPU for contiguous fp32 and bf16 parameters, with decoupled weight decay and
-            a C compiler; True: that or an error; False: never. The results are the same to
-            rounding.
+            is for contiguous fp32 and bf16 parameters with decoupled weight decay, on the CPU where
+            there is a C compiler, and on CUDA, also for fp16, with Triton. True: that or an error;
+            False: never. The results are the same to rounding.
 
     State per parameter: `step` (this optimizer's count of steps when the parameter last moved),
     `exp_avg` (m) and `hessian` (h), in fp32 at least, and `rho` where that is `"auto"`. Refreshes
@@ -439,6 +439,11 @@ class Sophia(BaseOptimizer):
         sharded = rest + [call.owner for call, _, _ in calls]
         if not self._run(calls, rest, sharded):
             self._check_gradients(params)  # says where
+            raise ValueError(
+                "a gradient of an earlier step held NaN or infinity, which CUDA tells of one step"
+                " later: those coordinates were updated as if it were 0. Go back to a checkpoint,"
+                " or lower the learning rate"
+            )
         self._clipped = [(call.finish(), call.owner) for call, _, _ in calls]
         for batch, plan in shares:
             counts = self._update_each(batch, plan.rest)
