@@ -8,7 +8,7 @@ FLOOR ?= transformers==5.17.*
 ARGS ?=
 
 
-.PHONY: help install demo test test-distributed test-floor lint format clean
+.PHONY: help install demo test test-distributed test-floor bench bench-peers gpu-check lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /|/' | while IFS='|' read -r target text; do \
@@ -33,6 +33,23 @@ test-distributed: install  ## Run the tests that train in several processes
 test-floor:  ## Run all tests on the oldest transformers that is tested, in its own environment
 	$(MAKE) test VENV=.venv-floor PIN='$(FLOOR)'
 
+bench: install bench-peers  ## Measure steps, refreshes, samplers and whole runs (half an hour on two cores)
+	$(VENV)/bin/python benchmarks/step.py --threads 1 2 --peers .venv-peers/bin/python --output benchmarks/results/step_cpu.json
+	$(VENV)/bin/python benchmarks/refresh.py --output benchmarks/results/refresh_cpu.json
+	$(VENV)/bin/python benchmarks/sampler.py --output benchmarks/results/sampler_cpu.json
+	$(VENV)/bin/python benchmarks/train.py --output benchmarks/results/train_cpu.json
+
+# Others' packages pin what this one does not; labml-nn would replace its torch.
+bench-peers: .venv-peers/installed
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet 'torch<2.14' 'numpy<3' pytorch_optimizer
+	.venv-peers/bin/python -m pip install --quiet --no-deps labml-nn labml labml-helpers
+	touch $@
+
+gpu-check:  ## Test and measure on a CUDA device, within nine minutes and without a network
+	$(PYTHON) benchmarks/gpu_check.py
+
 lint: install  ## Check style and formatting with ruff
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	$(VENV)/bin/ruff check .
@@ -44,4 +61,4 @@ format: install  ## Format the code with ruff
 	$(VENV)/bin/ruff format .
 
 clean:  ## Remove environments, caches and runs
-	rm -rf .venv .venv-floor .pytest_cache .ruff_cache build runs *.egg-info
+	rm -rf .venv .venv-floor .venv-peers .pytest_cache .ruff_cache build runs *.egg-info

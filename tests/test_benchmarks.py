@@ -5,29 +5,87 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from hf_sophia.kernels import no_kernel_because
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_hessians_overhead_is_measured(tmp_path) -> None:
-    output = tmp_path / "results.json"
-    options = {"rounds": 1, "batch": 8, "length": 8, "layers": 1, "width": 16, "vocabulary": 40}
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks/hessian_overhead.py",
-            *(f"--{name}={value}" for name, value in options.items()),
-            "--device=cpu",
-            f"--output={output}",
-        ],
-        check=True,
-        timeout=120,
+def run(script: str, *options: str) -> str:
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *options],
+        timeout=300,
         capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def measured(script: str, tmp_path: Path, *options: str) -> dict:
+    """Run a script small; its record has what a committed one has."""
+    output = tmp_path / "results.json"
+    run(script, *options, "--device=cpu", f"--output={output}")
     record = json.loads(output.read_text())
-    committed = json.loads((ROOT / "benchmarks/results/hessian_overhead_cpu.json").read_text())
-    assert record.keys() == committed.keys()
-    assert record["overhead"].keys() == committed["overhead"].keys()
-    assert record["plain_step_seconds"] > 0
+    assert record.keys() == {"command", "options", "environment", "results"}
+    assert record["environment"]["device"]
+    return record["results"]
+
+
+def test_steps_are_measured_side_by_side(tmp_path) -> None:
+    tables = measured("step.py", tmp_path, "--sizes", "148 tiny", "--rounds=2")
+    (table,) = tables.values()
+    assert table["torch AdamW fused"]["ratio"] == 1.0
+    assert {"sophia", "sophia eager", "adam", "radam", "torch RAdam foreach"} <= table.keys()
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in table.values())
+    if not no_kernel_because(torch.device("cpu"), torch.float32):
+        assert "memory limit" in table
+
+
+def test_the_refreshs_overhead_is_measured(tmp_path) -> None:
+    options = ("--sizes=tiny", "--rounds=1", "--length=8", "--accumulation=2")
+    (table,) = measured("refresh.py", tmp_path, *options).values()
+    assert {"adamw", "sophia, no refresh", "kept graph", "kept graph of 1 of 2"} <= table.keys()
+    plain = table["sophia, no refresh"]
+    assert plain["overhead"] == pytest.approx(plain["ratio"] - 1)
+    kept = table["kept graph"]
+    amortised = 0.9 * plain["ratio"] + 0.1 * kept["ratio"] - 1
+    assert kept["overhead"] == pytest.approx(amortised)
+
+
+def test_samplers_are_measured(tmp_path) -> None:
+    options = ("--rows=8", "--classes", "2", "30", "--rounds=1")
+    assert measured("sampler.py", tmp_path, *options).keys() == {"8 x 2", "8 x 30"}
+
+
+def test_whole_runs_are_measured(tmp_path) -> None:
+    options = ("--size=tiny", "--steps=2", "--skip=1", "--rounds=1", "--length=8")
+    results = measured("train.py", tmp_path, *options)
+    assert {"adamw_torch_fused", "sophia"} <= results.keys()
+    for (one,) in results.values():
+        assert one["tokens a second"] > 0
+        assert one["peak bytes"] > 2**20
+
+
+def test_the_gpu_check_runs_but_for_the_gpu(tmp_path) -> None:
+    output = run("gpu_check.py", "--device=cpu", f"--output={tmp_path}")
+    assert "failed" not in output
+    made = {path.stem for path in tmp_path.iterdir()}
+    assert made == {"summary", "tune", "step_fp32", "step_bf16", "refresh", "train"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so(tmp_path) -> None:
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu_check.py", f"--output={tmp_path / 'none'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "no CUDA device here, so nothing was checked" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_killed_run_resumes_to_the_same_end(tmp_path) -> None:

@@ -5,8 +5,9 @@ import torch
 from hf_sophia.kernels import StepScalars
 
 #: Elements that are updated at a time on the CPU: from one operation to the next they stay in the
-#: cache, and no operation makes a tensor as large as the parameter.
-BLOCK = 2**16
+#: cache, and no operation makes a tensor as large as the parameter. A quarter of it and four times
+#: as many were slower, and whole tensors of 20M took four times as long.
+BLOCK = 2**18
 
 
 def sophia_update(
@@ -27,7 +28,7 @@ def sophia_update(
     numerator = torch.lerp(m, g, 1.0 - scalars.beta1, out=ahead) if scalars.nesterov else m
     torch.div(numerator, curvature(h, scalars, out=ratio), out=ratio)
     ratio.clamp_(-rho, rho)
-    clipped = (ratio == rho).sum() + (ratio == -rho).sum()
+    clipped = (torch.abs(ratio, out=ahead) >= rho).sum()
     if isinstance(rho, torch.Tensor):
         theta.sub_(ratio.mul_(scalars.lr / rho))
     else:
@@ -58,9 +59,10 @@ def updated_in_blocks(
         The number of clipped coordinates.
     """
     theta = tensors[0]
-    if theta.device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+    whole = theta.device.type != "cpu" or theta.numel() <= BLOCK
+    if whole or not all(tensor.is_contiguous() for tensor in tensors):
         return sophia_update(*tensors, rho, scalars, theta.new_empty(2, *theta.shape))
-    scratch = theta.new_empty(2, min(theta.numel(), BLOCK))
+    scratch = theta.new_empty(2, BLOCK)
     parts = zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
-    clipped = [sophia_update(*part, rho, scalars, scratch[:, : part[0].numel()]) for part in parts]
+    clipped = [sophia_update(*part, rho, scalars, scratch[:, : len(part[0])]) for part in parts]
     return torch.stack(clipped).sum()

@@ -323,7 +323,7 @@ def test_copies_have_kernels_of_their_own() -> None:
 @needs_kernel
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_steady_step_makes_no_tensor_of_a_parameters_size(name) -> None:
-    params = [torch.nn.Parameter(torch.randn(400, 500)) for _ in range(3)]
+    params = [torch.nn.Parameter(torch.randn(1000, 700)) for _ in range(3)]
     optimizer = OPTIMIZERS[name](params, lr=0.01)
     for step in range(1, 8):
         take_step(optimizer, step)

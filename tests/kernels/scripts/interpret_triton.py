@@ -11,8 +11,6 @@ import torch
 
 from hf_sophia.kernels import StepScalars, cuda
 
-assert os.environ["TRITON_INTERPRET"] == "1"
-
 #: Empty, below, at and above the border of a block, and some blocks.
 SIZES = (0, 5, cuda.BLOCK - 1, cuda.BLOCK, cuda.BLOCK + 1, 3 * cuda.BLOCK + 7)
 RHO = 0.25
@@ -62,6 +60,7 @@ def check(dtype: torch.dtype, nesterov: bool, own: bool, shift: int) -> None:
 
 
 if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for case in itertools.product(dtypes, (False, True), (False, True), (0, 1)):
         check(*case)
