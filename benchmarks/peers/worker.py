@@ -22,12 +22,11 @@ def labml(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def pytorch_optimizer(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return pytorch_optimizer's SophiaH, whose Hutchinson pass is left out of every step."""
+    """Return pytorch_optimizer's SophiaH, given its Hessian once and making none itself."""
     from pytorch_optimizer import SophiaH
 
     optimizer = SophiaH(params, lr=1e-9, update_period=10**9)
-    for param in params:
-        optimizer.state[param]["hessian"] = torch.ones_like(param)
+    optimizer.step(hessian=[torch.ones_like(param) for param in params])
     return optimizer
 
 

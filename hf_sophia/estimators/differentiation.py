@@ -65,8 +65,8 @@ def _reduced_gradients(
             " the training gradients of this step are spoilt. Estimate after the backward pass of"
             " the last micro-batch"
         )
-    # FSDP2 takes the mean over the processes, and the estimate is about sums.
-    return [
-        None if grad is None else grad * param.device_mesh.size()
-        for param, grad in zip(params, grads, strict=True)
-    ]
+    for param, grad in zip(params, grads, strict=True):
+        if grad is not None:
+            # FSDP2 takes the mean over the processes, and the estimate is about sums.
+            grad.mul_(param.device_mesh.size())
+    return grads

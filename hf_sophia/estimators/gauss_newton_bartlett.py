@@ -88,7 +88,9 @@ class GaussNewtonBartlett(GroupedEstimate):
             ) from error
         with torch.no_grad():
             self._add_count(count)
-            for param, grad in zip(self.params, grads, strict=True):
+            for index, param in enumerate(self.params):
+                # Let go of each gradient as its square is taken: one copy of all at a time.
+                grad, grads[index] = grads[index], None
                 if grad is not None:
                     total = self._sum_of(param)
                     grad = grad.to(total.dtype)

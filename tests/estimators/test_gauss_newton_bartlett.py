@@ -1,5 +1,8 @@
 """GNB against exact Gauss-Newton diagonals, and what must not change its mean."""
 
+import importlib
+import weakref
+
 import pytest
 import torch
 from reference.copies import assert_unbiased, copy_parameters, forward_copies
@@ -7,6 +10,9 @@ from reference.curvature import gauss_newton_diagonal
 from torch.nn import functional
 
 from hf_sophia.estimators import GaussNewtonBartlett, gauss_newton_bartlett, grouped
+
+# The package's name for it is the function inside.
+estimator_module = importlib.import_module("hf_sophia.estimators.gauss_newton_bartlett")
 
 
 def mlp(outputs: int) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -300,3 +306,30 @@ def test_sums_are_reduced_in_buckets_of_one_kind_and_a_bounded_size(monkeypatch)
         assert torch.equal(estimator._sum_of(param), 2 * sums)
     # The count, a large one alone, 10 + 30, 70 + 1, ..., and at the end what is left of each kind.
     assert calls == [1, 300, 40, 71, 90, 12, 96, 5]
+
+
+def test_gradients_are_let_go_as_they_are_squared(monkeypatch) -> None:
+    """What an estimate needs at its peak: the parameters' size once, and the largest twice."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(20, 20) for _ in range(8)))
+    alive: list[weakref.ref] = []
+    peak = 0
+    original = estimator_module.gradients
+    make_sum = GaussNewtonBartlett._sum_of
+
+    def watched(*args, **kwargs):
+        found = original(*args, **kwargs)
+        alive.extend(map(weakref.ref, found))
+        return found
+
+    def measured(self, param):
+        nonlocal peak
+        total = make_sum(self, param)
+        kept = [grad() for grad in alive if grad() is not None]
+        peak = max(peak, sum(t.nbytes for t in (*kept, *self._sums.values())))
+        return total
+
+    monkeypatch.setattr(estimator_module, "gradients", watched)
+    monkeypatch.setattr(GaussNewtonBartlett, "_sum_of", measured)
+    gauss_newton_bartlett(model(torch.randn(4, 20)), model.parameters())
+    sizes = [param.nbytes for param in model.parameters()]
+    assert sum(sizes) <= peak <= sum(sizes) + max(sizes)
