@@ -7,6 +7,7 @@ import torch
 from trainer.processes import all_ranks_finished, execute, torchrun
 
 from hf_sophia import Adam, RAdam, Sophia
+from hf_sophia.kernels import no_kernel_because
 
 from .scripts import sharded_loop
 
@@ -52,6 +53,24 @@ def test_fsdp2_equals_whole_parameters_and_its_checkpoint_loads_on_any_number(tm
                     assert torch.equal(one, other), (processes, name)
             assert rank["step"] == trained[0]["step"]
             assert rank["due"]
+
+
+def test_a_kernel_takes_the_step_of_shards(tmp_path) -> None:
+    for found in ranks_of("kernel", 2, tmp_path):
+        for name in ("params", "exp_avg", "hessian"):
+            for one, other in zip(found["kernel"][name], found["eager"][name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        fractions = (float(found[form]["clip_fraction"]) for form in ("kernel", "eager"))
+        assert next(fractions) == pytest.approx(next(fractions), abs=1e-3)
+        assert found["eager calls"] == 0
+        if not no_kernel_because(torch.device("cpu"), torch.float32):
+            assert found["kernel calls"] == 1
+        for form in ("kernel", "eager"):
+            # Only the first process has the NaN.
+            assert "gradient of parameter 3 of group 0 (shape" in found[f"{form} message"]
+            for name in ("params", "exp_avg", "hessian"):
+                for one, other in zip(found[form][name], found[f"{form} after"][name], strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_what_would_be_wrong_on_shards_is_refused_on_every_process(tmp_path) -> None:

@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from hf_sophia import Adam, RAdam, Sophia, gauss_newton_bartlett, hutchinson
 from hf_sophia.estimators import GaussNewtonBartlett, sampled_cotangent
+from hf_sophia.optim.kernel_plan import KernelPlan
 from hf_sophia.trainer.noise import label_noise
 
 STEPS, SEED, MICRO_BATCHES = 4, 3, 2
@@ -27,12 +28,12 @@ def double_model() -> GPT2LMHeadModel:
     return tiny_model().double()
 
 
-def sophia(params: list[torch.Tensor]) -> Sophia:
+def sophia(params: list[torch.Tensor], **options: object) -> Sophia:
     """Make the optimizer; its eps keeps coordinates without curvature from taking sign steps."""
     # The threshold that follows the data needs all shards of a tensor.
     return Sophia(
         params, lr=1e-2, rho="auto", eps=1e-5, k=2, weight_decay=0.1, nesterov=True,
-        bias_correction=True, target_clip_fraction=0.3,
+        bias_correction=True, target_clip_fraction=0.3, **options,
     )  # fmt: skip
 
 
@@ -178,6 +179,31 @@ def faults(output: Path) -> dict[str, object]:
     return found
 
 
+def by_kernel() -> dict[str, object]:
+    """Train in fp32, whose shards a kernel takes, and by the eager step; then meet a NaN."""
+    found = {}
+    for name, fused in (("kernel", None), ("eager", False)):
+        model = shard(tiny_model())
+        optimizer = sophia(list(model.parameters()), fused=fused)
+        sharded_loop(model, optimizer)
+        found[name] = held(model, optimizer)
+        found[name]["clip_fraction"] = optimizer.clip_fraction()
+        found[f"{name} calls"] = len(optimizer.__dict__.get("_plans", {0: KernelPlan()})[0].calls)
+        params = list(model.parameters())
+        loss_of(
+            model, batches_of(distributed.get_rank(), distributed.get_world_size())[0]
+        ).backward()
+        if distributed.get_rank() == 0:
+            params[3].grad.to_local()[0] = float("nan")
+        optimizer.update_hessian({})
+        optimizer.param_groups[0]["refreshed_step"] = (
+            0  # rho is not followed, so nothing is checked
+        )
+        found[f"{name} message"] = message_of(ValueError, optimizer.step)
+        found[f"{name} after"] = held(model, optimizer)
+    return found
+
+
 def one_call(batch: Batch) -> dict[str, object]:
     """Estimate in one call, from shards and beside DistributedDataParallel."""
     found = {}
@@ -239,6 +265,8 @@ def main(mode: str, folder: str) -> None:
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     if mode == "faults":
         result = faults(output)
+    elif mode == "kernel":
+        result = by_kernel()
     elif mode == "one process":
         result = of_one_process(output)
     else:
