@@ -152,4 +152,4 @@ class CpuStep:
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> "array[int]":
-    return array("q", map(torch.Tensor.data_ptr, tensors))
+    return array("q", list(map(torch.Tensor.data_ptr, tensors)))

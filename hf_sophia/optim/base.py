@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
+from operator import is_
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -198,7 +199,7 @@ class BaseOptimizer(Optimizer):
     def _batch(self, group: Group) -> Batch:
         params = group["params"]
         grads = [param.grad for param in params]
-        if any([grad is None for grad in grads]):
+        if any(map(is_, grads, repeat(None))):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         states = [self.state[param] for param in params]
