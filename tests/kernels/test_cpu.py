@@ -42,12 +42,16 @@ def copies(tensors):
 
 
 @pytest.mark.parametrize(
-    ("nesterov", "hessian_weight", "own", "threads"),
-    [*itertools.product([False, True], [1.0, 0.0975], [False, True], [1]), (True, 0.5, True, 3)],
+    ("nesterov", "hessian_weight", "own", "threads", "eps"),
+    [
+        *itertools.product([False, True], [1.0, 0.0975], [False, True], [1], [1e-12]),
+        (True, 0.5, True, 3, 0.5),
+    ],
 )
-def test_it_follows_the_equations(nesterov, hessian_weight, own, threads) -> None:
+def test_it_follows_the_equations(nesterov, hessian_weight, own, threads, eps) -> None:
     theta, grads, m, h = tensors()
-    s = StepScalars(**{**OPTIONS, "hessian_weight": hessian_weight}, nesterov=nesterov)
+    changed = {"hessian_weight": hessian_weight, "eps": eps}
+    s = StepScalars(**{**OPTIONS, **changed}, nesterov=nesterov)
     # The equations' float32 thresholds, so that both clip the same coordinates.
     rho = [torch.tensor(0.05 * 1.5**i) for i in range(len(theta))] if own else 0.25
     before = [copies(theta), copies(m)]
@@ -133,6 +137,19 @@ def test_a_step_after_one_that_was_taken_back_is_whole() -> None:
     cpu.CpuStep(again, m_again, h).update(grads, 0.25, s)
     for one, other in zip([*theta, *m], [*again, *m_again], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_earlier_step_did_is_not_taken_back_with_the_last() -> None:
+    theta, grads, m, h = tensors()
+    kernel = cpu.CpuStep(theta, m, h)
+    s = StepScalars(**OPTIONS, nesterov=False)
+    kernel.update(grads, 0.25, s)
+    before = [*copies(theta), *copies(m)]
+    grads[1][0] = float("nan")  # in the first chunk, so that the others are not begun
+    kernel.update(grads, 0.25, s)
+    kernel.undo()
+    for tensor, old in zip([*theta, *m], before, strict=True):
+        torch.testing.assert_close(tensor, old, rtol=1e-6, atol=1e-6)
 
 
 def test_a_threshold_of_zero_is_a_sign_step() -> None:
