@@ -1,6 +1,7 @@
 """Sophia's step on the CPU for a list of tensors at once, in C."""
 
 import ctypes
+import logging
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -11,6 +12,8 @@ import torch
 
 from hf_sophia.kernels.compilation import CompilationError, compiled
 from hf_sophia.kernels.scalars import StepScalars
+
+logger = logging.getLogger(__name__)
 
 #: What parameters and gradients may be; the state is fp32.
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,6 +44,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = compiled(Path(__file__).with_name("sophia.c"))
     except CompilationError as error:
+        logger.info("Sophia's steps on the CPU are not fused: %s", error)
         return None, str(error)
     for name in ("chunk_elements", "job_bytes"):
         getattr(library, name).restype = ctypes.c_int64

@@ -54,7 +54,7 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [norm.to(torch.float32) for norm in torch._foreach_norm(tensors)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """The parameters of one group that have a gradient.
 

@@ -14,7 +14,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hf_sophia.kernels import StepScalars, kernel_for
-from hf_sophia.optim.sharding import local, placed_like
+from hf_sophia.optim.base import first_non_finite
+from hf_sophia.optim.sharding import agreed_first, local, placed_like
 
 Tensors = Sequence[torch.Tensor]
 
@@ -173,3 +174,31 @@ def _places(tensors: Sequence[Tensors]) -> list[list[int]]:
 
 def _same(now: Tensors, before: Tensors) -> bool:
     return len(now) == len(before) and all(map(is_, now, before))
+
+
+def run_kernels(
+    calls: Sequence[tuple[KernelCall, float | Tensors, StepScalars]], rest: Tensors
+) -> bool:
+    """Let kernels take their part of a step, unless a gradient is not finite.
+
+    Args:
+        calls: The calls of all groups, each with its threshold and the other options.
+        rest: The parameters that no kernel takes, whose gradients count too.
+
+    Returns:
+        Whether all gradients are known to be finite, on all processes that have shards of these
+        parameters. Where they are not, everything is as it was, to rounding.
+    """
+    grads = [local(placed_like(param.grad, param)) for param in rest]
+    finite = not grads or first_non_finite(grads) is None
+    done = []
+    for call, rho, scalars in calls:
+        if finite:
+            done.append(call)
+            finite = call.update(rho, scalars)
+    owners = [*rest, *(call.owner for call, _, _ in calls)]
+    if agreed_first(None if finite else 0, owners) is None:
+        return True
+    for call in done:
+        call.undo()
+    return False

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
 from hf_sophia.kernels import SMALLEST_RHO, StepScalars, no_kernel_because
 from hf_sophia.optim.base import BaseOptimizer, Batch, Group, State, first_non_finite
-from hf_sophia.optim.kernel_plan import KernelCall, KernelPlan
-from hf_sophia.optim.sharding import agreed_first, local, placed_like, total
-from hf_sophia.optim.sophia_update import curvature, updated_in_blocks
-from hf_sophia.optim.threshold import CoordinateSample, clipping_quantiles, smoothed
+from hf_sophia.optim.kernel_plan import KernelPlan, run_kernels
+from hf_sophia.optim.sharding import local, placed_like, total
+from hf_sophia.optim.sophia_update import updated_in_blocks
+from hf_sophia.optim.threshold import follow
 from hf_sophia.optim.validation import (
     check_count,
     check_flag,
@@ -429,15 +429,16 @@ class Sophia(BaseOptimizer):
         if following or any(own.decay == 0.0 for own in scalars):
             self._check_gradients(params)
         rhos = [self._thresholds(batch) for batch in batches]
-        for batch in following:
-            self._follow(batch)
+        samples = self.__dict__.setdefault("_samples", {})
+        for batch, own in zip(batches, scalars, strict=True):
+            if batch in following:
+                follow(batch, own, samples)
         calls = [
             (call, rho, own)
             for (_, plan), rho, own in zip(shares, rhos, scalars, strict=True)
             for call in plan.calls
         ]
-        sharded = rest + [call.owner for call, _, _ in calls]
-        if not self._run(calls, rest, sharded):
+        if not run_kernels(calls, rest):
             self._check_gradients(params)  # says where
             raise ValueError(
                 "a gradient of an earlier step held NaN or infinity, which CUDA tells of one step"
@@ -482,30 +483,6 @@ class Sophia(BaseOptimizer):
                 state["rho"] = torch.zeros((), device=local(param).device)
         return [state["rho"] for state in batch.states]
 
-    def _run(
-        self,
-        calls: list[tuple[KernelCall, float | list[torch.Tensor], StepScalars]],
-        rest: list[torch.Tensor],
-        sharded: list[torch.Tensor],
-    ) -> bool:
-        """Let kernels take their part of a step; return whether all gradients are finite.
-
-        Where one is not, on this process or on another that has shards of the same parameters,
-        everything is as it was, to rounding.
-        """
-        grads = [local(placed_like(param.grad, param)) for param in rest]
-        finite = not grads or first_non_finite(grads) is None
-        done = []
-        for call, rho, scalars in calls:
-            if finite:
-                done.append(call)
-                finite = call.update(rho, scalars)
-        if agreed_first(None if finite else 0, sharded) is not None:
-            for call in done:
-                call.undo()
-            return False
-        return True
-
     def _update(
         self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group
     ) -> torch.Tensor:
@@ -521,47 +498,6 @@ class Sophia(BaseOptimizer):
         # A run that had a number until now does not wait for the next refresh.
         new = group["hessian_weight"] > 0.0 and not all("rho" in state for state in batch.states)
         return new or group["refreshed_step"] == self._current_step
-
-    def _follow(self, batch: Batch) -> None:
-        by_device: dict[torch.device, list[int]] = {}
-        for index, param in enumerate(batch.params):
-            by_device.setdefault(local(param).device, []).append(index)
-        for indices in by_device.values():
-            self._follow_on_one_device(batch, indices)
-
-    def _follow_on_one_device(self, batch: Batch, indices: list[int]) -> None:
-        """Bring the rho of some parameters towards this step's quantile."""
-        cache = self.__dict__.setdefault("_samples", {})
-        scalars = self._scalars(batch.group)
-        params = [batch.params[index] for index in indices]
-        states = [batch.states[index] for index in indices]
-        samples, ratios = [], []
-        for param, state in zip(params, states, strict=True):
-            if param not in cache:
-                cache[param] = CoordinateSample(param)
-            sample = cache[param]
-            m, h, g = (
-                sample.take(local(tensor))
-                for tensor in (state["exp_avg"], state["hessian"], placed_like(param.grad, param))
-            )
-            g = g.to(m.dtype)
-            m = m.lerp_(g, 1.0 - scalars.beta1)
-            if scalars.nesterov:
-                m = m.lerp_(g, 1.0 - scalars.beta1)
-            samples.append(sample)
-            divisor = curvature(h, scalars)
-            ratio = m.abs_().div_(divisor)
-            ratios.append(torch.where(divisor > scalars.eps, ratio, -ratio))
-        quantiles = clipping_quantiles(
-            params,
-            samples,
-            ratios,
-            batch.group["target_clip_fraction"],
-            together=batch.group["rho_scope"] == "group",
-        )
-        old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
-        for state, rho in zip(states, smoothed(old, quantiles), strict=True):
-            state["rho"].copy_(rho)
 
     @torch.no_grad()
     def clip_fraction(self) -> torch.Tensor:

@@ -6,13 +6,16 @@ the stage of training, and no fixed rho fits all of them. Here rho is the quanti
 logarithm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from hf_sophia.optim.sharding import local
+from hf_sophia.kernels import StepScalars
+from hf_sophia.optim.base import Batch, State
+from hf_sophia.optim.sharding import local, placed_like
+from hf_sophia.optim.sophia_update import curvature
 
 #: Coordinates looked at for each tensor; their 50 % quantile is within 3 % of rank, two sigma.
 SAMPLE_SIZE = 1024
@@ -155,3 +158,54 @@ def smoothed(old: torch.Tensor, quantile: torch.Tensor) -> torch.Tensor:
     """
     mixed = torch.exp(SMOOTHING * old.log() + (1.0 - SMOOTHING) * quantile.log())
     return torch.where((old > 0.0) & (quantile > 0.0), mixed, torch.maximum(old, quantile))
+
+
+def follow(
+    batch: Batch, scalars: StepScalars, samples: MutableMapping[torch.Tensor, CoordinateSample]
+) -> None:
+    """Bring the thresholds of a group towards this step's quantiles, in place.
+
+    Args:
+        batch: Its parameters with finite gradients; their state has `exp_avg`, `hessian` and `rho`.
+        scalars: The options of the step that follows.
+        samples: Each parameter's sample, made here where there is none.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for index, param in enumerate(batch.params):
+        by_device.setdefault(local(param).device, []).append(index)
+    for indices in by_device.values():
+        params = [batch.params[index] for index in indices]
+        states = [batch.states[index] for index in indices]
+        for param in params:
+            if param not in samples:
+                samples[param] = CoordinateSample(param)
+        quantiles = clipping_quantiles(
+            params,
+            [samples[param] for param in params],
+            [
+                _sampled_ratios(samples[p], p, s, scalars)
+                for p, s in zip(params, states, strict=True)
+            ],
+            batch.group["target_clip_fraction"],
+            together=batch.group["rho_scope"] == "group",
+        )
+        old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
+        for state, rho in zip(states, smoothed(old, quantiles), strict=True):
+            state["rho"].copy_(rho)
+
+
+def _sampled_ratios(
+    sample: CoordinateSample, param: torch.Tensor, state: State, scalars: StepScalars
+) -> torch.Tensor:
+    """Return what the step will clip, as `clipping_quantiles` wants it."""
+    m, h, g = (
+        sample.take(local(tensor))
+        for tensor in (state["exp_avg"], state["hessian"], placed_like(param.grad, param))
+    )
+    g = g.to(m.dtype)
+    m = m.lerp_(g, 1.0 - scalars.beta1)
+    if scalars.nesterov:
+        m = m.lerp_(g, 1.0 - scalars.beta1)
+    divisor = curvature(h, scalars)
+    ratio = m.abs_().div_(divisor)
+    return torch.where(divisor > scalars.eps, ratio, -ratio)

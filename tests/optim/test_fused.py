@@ -346,6 +346,27 @@ def test_after_a_gradient_that_is_not_finite_all_is_as_before(
 
 
 @needs_kernel
+@pytest.mark.parametrize("rho", [0.2, "auto"])
+def test_groups_alike_have_options_of_their_own(rho, calls) -> None:
+    """As under a Trainer: one group that decays and one that does not."""
+
+    def make(form: bool | None) -> Sophia:
+        params = parameters() + parameters()
+        half = len(params) // 2
+        groups = [{"params": params[:half], "weight_decay": 0.1}, {"params": params[half:]}]
+        optimizer = Sophia(groups, lr=0.01, rho=rho, k=2, fused=form)
+        optimizer.param_groups[1]["lr"] = 0.02
+        return optimizer
+
+    forms = [make(form) for form in (None, False)]
+    for step in range(1, 6):
+        for optimizer in forms:
+            take_step(optimizer, step)
+    assert_alike(*forms)
+    assert len(calls) == 10
+
+
+@needs_kernel
 def test_copies_have_kernels_of_their_own() -> None:
     optimizer = Sophia(parameters(), lr=0.01, rho=0.2, k=3)
     take_step(optimizer, 1)
