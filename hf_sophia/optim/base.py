@@ -158,6 +158,18 @@ class BaseOptimizer(Optimizer):
                     " fused at None, and what can be fused is"
                 )
 
+    def not_fused(self) -> dict[str, int]:
+        """Say why steps are not taken in one pass: how many coordinates for each reason."""
+        found: dict[str, int] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                reason = "fused is False"
+                if self.fused is not False:
+                    reason = self._not_fused_because(local(param))
+                if reason:
+                    found[reason] = found.get(reason, 0) + param.numel()
+        return found
+
     @abstractmethod
     def _not_fused_because(self, param: torch.Tensor) -> str:
         """Say why a parameter's step can't be taken in one pass; empty: it can."""

@@ -48,6 +48,8 @@ def not_fused_because(param: torch.Tensor, weight_decay: WeightDecay) -> str:
     """Say why torch's kernel can't take a parameter's step; empty: it can."""
     if type(weight_decay) is not WeightDecay:
         return f"torch's kernel knows nothing of {type(weight_decay).__name__}"
+    if not param.is_contiguous():
+        return "it is not contiguous"
     if param.device.type not in _DEVICES:
         return f"torch has no kernel for device {param.device.type!r}"
     if param.dtype not in (torch.float32, torch.float64):
@@ -126,6 +128,5 @@ def _kernel_takes(param: torch.Tensor, grad: torch.Tensor, weight_decay: WeightD
         grad.dtype == param.dtype == state_dtype(param)
         and not not_fused_because(param, weight_decay)
         and grad.layout == torch.strided
-        and param.is_contiguous()
         and grad.is_contiguous()
     )

@@ -408,6 +408,8 @@ class Sophia(BaseOptimizer):
     def _not_fused_because(self, param: torch.Tensor) -> str:
         if not self._kernels_decay:
             return "kernels know decoupled weight decay only"
+        if not param.is_contiguous():
+            return "it is not contiguous"
         return no_kernel_because(param.device, param.dtype)
 
     @property

@@ -92,6 +92,7 @@ class Diagnosis:
         k: Steps between refreshes of the run that was asked for.
         rho: The threshold asked for, a number or `"auto"`; None: another optimizer was.
         adamw_lr: The learning rate of AdamW to compare with, or None.
+        not_fused: Why the optimizer's step is not taken in one pass, with the share of coordinates.
         findings: Errors, warnings and notes.
     """
 
@@ -107,6 +108,7 @@ class Diagnosis:
     k: int = 10
     rho: float | str | None = None
     adamw_lr: float | None = None
+    not_fused: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     @property

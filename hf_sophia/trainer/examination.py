@@ -284,11 +284,13 @@ def _collect(
             n = m.lerp(watch.last[param], 1.0 - beta1) if nesterov else m
             h = sample.take(state["hessian"]).float().cpu() / (group["hessian_weight"] or 1.0)
             square = watch.squares[param].cpu() / steps
-            weight = param.numel() / sample.size
+            weight = param.numel() / max(sample.size, 1)
             eps = group["eps"]
             h = h.clamp(min=eps)
             found.tensors.append(Sample(n.abs().cpu(), m.abs().cpu(), h, square, weight, eps))
     diagnosis.curvatures = list(by_kind.values())
+    size = sum(curvature.size for curvature in diagnosis.curvatures)
+    diagnosis.not_fused = {why: n / size for why, n in optimizer.not_fused().items()}
     # The first two steps allocate, and choose kernels.
     refreshing = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K == 0]
     plain = [s for i, s in enumerate(watch.seconds) if i >= 2 and i % _K]

@@ -84,6 +84,12 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
             " estimate: a larger batch, gradient accumulation, or hessian_batch_fraction=1"
             " where a share is taken now",
         )
+    for reason, share in diagnosis.not_fused.items():
+        add(
+            "note",
+            f"the step of {share:.0%} of the coordinates is not fused, and takes several times as"
+            f" long: {reason}",
+        )
     low, high = HEALTHY_CLIPPING
     if isinstance(diagnosis.rho, int | float):
         clipped = diagnosis.clip_fraction(diagnosis.rho)

@@ -134,6 +134,7 @@ def test_learning_rates_lie_between_equal_motion_and_adamws_own(tiny_gpt2, tmp_p
         ({"optim_args": "rho=1"}, "warning", "a refresh counts 44 predictions"),
         ({"max_steps": 30}, "warning", "30 steps have 3 refreshes with k=10"),
         ({"optim_args": "rho=1"}, "note", "without bias_correction=true h is too small"),
+        ({"optim_args": "fused=false"}, "note", "step of 100% of the coordinates is not fused"),
         ({"optim_args": "rho=auto,colour=1"}, "error", "unknown option 'colour'"),
         ({"trainer": "own optimizer"}, "error", "makes an optimizer of its own"),
         ({"model": "unreached"}, "warning", "no gradient reaches lost: freeze"),
