@@ -79,12 +79,6 @@ class TritonStep:
         scalars: StepScalars,
     ) -> None:
         """Take a step."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "Sophia's step can't be captured in a CUDA graph: the learning rate, rho's refresh"
-                " and the count of steps would stay those of the capture. Capture forward and"
-                " backward, and call step() outside"
-            )
         if isinstance(rho, float):
             self._number.fill_(rho)
             thresholds = [self._number.data_ptr()] * len(grads)

@@ -54,6 +54,15 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [norm.to(torch.float32) for norm in torch._foreach_norm(tensors)]
 
 
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being made of what is done now."""
+    return (
+        torch.backends.cuda.is_built()
+        and torch.cuda.is_available()
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """The parameters of one group that have a gradient.
@@ -206,6 +215,11 @@ class BaseOptimizer(Optimizer):
 
     def _apply_gradients(self) -> None:
         """Check every gradient before any parameter changes, then update each."""
+        if _is_captured():
+            raise RuntimeError(
+                f"{self._name}.step() can't be captured in a CUDA graph, whose replays would keep"
+                " this step's learning rate and number. Capture forward and backward only"
+            )
         self._update_all([self._batch(group) for group in self.param_groups])
 
     def _batch(self, group: Group) -> Batch:

@@ -254,6 +254,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, bad) -> None:
     assert all("exp_avg" not in s or not s["exp_avg"].any() for s in optimizer.state.values())
 
 
+def test_a_step_that_a_cuda_graph_captures_is_refused(name, monkeypatch) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = OPTIMIZERS[name]([param])
+    param.grad = torch.ones(3)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph.*Capture forward"):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3))
+    assert not optimizer.state
+
+
 def test_huge_finite_gradients_are_no_false_alarm(name) -> None:
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.full((3,), 1e30)
