@@ -267,15 +267,17 @@ class Sophia(BaseOptimizer):
                 f"the Hessian estimate of {self._describe(list(mapping)[index])} holds NaN or"
                 " infinity; nothing was changed. Leave this refresh out with update_hessian({})"
             )
-        for param, estimate in mapping.items():
-            hessian = local(self._state_of(param, groups[param])["hessian"])
-            estimate = local(placed_like(estimate, param)).to(hessian)
-            hessian.lerp_(estimate, 1.0 - groups[param]["betas"][1])
         for group in self.param_groups:
             group["refreshed_step"] = self._next_step
-            if any(param in mapping for param in group["params"]):
+            if params := [param for param in group["params"] if param in mapping]:
                 beta2 = group["betas"][1]
                 group["hessian_weight"] = beta2 * group["hessian_weight"] + 1.0 - beta2
+                hessians = [local(self._state_of(param, group)["hessian"]) for param in params]
+                estimates = [
+                    local(placed_like(mapping[param], param)).to(hessian)
+                    for param, hessian in zip(params, hessians, strict=True)
+                ]
+                torch._foreach_lerp_(hessians, estimates, 1.0 - beta2)
         self._missed_step = None
 
     def repeat_refresh(self) -> None:
