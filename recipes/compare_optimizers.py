@@ -8,7 +8,8 @@ these, and the best of all runs with every seed. Where the best learning rate li
 grid nothing is compared: the grid has to move first. Trials that have been run are not run again,
 so that a study that was stopped goes on, and a grid that moved costs its new points only.
 
-Writes `results.json` (every trial with its evaluations), `table.md` and `comparison.png`.
+Writes `results.json` (every trial with its evaluations), `table.md` and `comparison.png`. For
+wall-clock times the winners' first steps are run again at the end, in turns.
 """
 
 import argparse
@@ -18,10 +19,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from common.arguments import one_line_errors
 from common.study import Candidate, Study, Trial, read_study
-from common.trials import Records, run_trials
+from common.trials import Records, measure_paces, run_trials
 from common.verdict import Line, learning_rates, plot, table
 
 import hf_sophia
@@ -45,9 +47,14 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
     parser.add_argument("--processes", type=int, default=1, help="Trials at a time (default 1)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Leave other optimizers out")
     parser.add_argument("--no-ablations", action="store_true", help="Compare optimizers alone")
+    parser.add_argument(
+        "--pace-rounds", type=int, default=3, help="Short runs of each for its pace; 0: none"
+    )
     options = parser.parse_args(argv)
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
+    if options.pace_rounds < 0:
+        parser.error(f"--pace-rounds must be at least 0, got {options.pace_rounds}")
     with one_line_errors():
         study = read_study(options.study).only(options.only)
         if options.no_ablations:
@@ -57,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
 
         winners = tune(study, records, options.processes)
         lines = run_seeds(study, records, winners, options.processes)
+        measure_paces(records, list(winners.values()), options.pace_rounds)
+        lines = [replace(line, pace=pace_of(line, records)) for line in lines]
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "recipes/compare_optimizers.py", *arguments])
     write(study, records, lines, output, f"# {options.study.stem}\n\n`{command}`")
@@ -131,6 +140,11 @@ def run_seeds(
         Line(name, named[name], [records[trial] for trial in trials])
         for name, trials in seeded.items()
     ]
+
+
+def pace_of(line: Line, records: Records) -> float:
+    """Return the median of the line's paces; NaN where there are none."""
+    return median(records.paces.get(line.trial.key) or [math.nan])
 
 
 def write(study: Study, records: Records, lines: list[Line], output: Path, heading: str) -> None:

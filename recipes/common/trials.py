@@ -6,8 +6,9 @@ import json
 import math
 import os
 import platform
+import random
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -25,6 +26,9 @@ from common.study import Trial
 #: What every trial's command line has, since only its evaluations are wanted.
 _QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
+#: Steps of a run that only its pace is wanted of: some refreshes of the Hessian.
+PACE_STEPS = 40
+
 
 @dataclass(frozen=True)
 class Record:
@@ -34,7 +38,7 @@ class Record:
         trial: The trial's fields.
         evaluations: Steps and validation losses.
         steps: Steps taken.
-        seconds: Wall-clock time of training without its evaluations.
+        seconds: Wall-clock time of training without its evaluations, whatever ran beside it.
         failure: The error that ended it, or None.
         environment: What times and, a little, losses depend on.
     """
@@ -87,9 +91,12 @@ class Records:
         except BlockingIOError:
             raise ValueError(f"another study is writing to {path}") from None
         self._records: dict[str, Record] = {}
+        #: Seconds per step by trial, in runs that took turns.
+        self.paces: dict[str, list[float]] = {}
         if path.exists():
             try:
-                rows = json.loads(path.read_text(encoding="utf-8"))["records"]
+                whole = json.loads(path.read_text(encoding="utf-8"))
+                rows, self.paces = whole["records"], whole.get("paces", {})
                 records = [
                     Record(**{**row, "evaluations": tuple(map(tuple, row["evaluations"]))})
                     for row in rows
@@ -118,9 +125,18 @@ class Records:
     def add(self, record: Record) -> None:
         """Add a record and write them all."""
         self._records[Trial(**record.trial).key] = record
+        self._write()
+
+    def set_paces(self, paces: Mapping[str, list[float]]) -> None:
+        """Replace all paces, since only those that were measured together can be compared."""
+        self.paces = dict(paces)
+        self._write()
+
+    def _write(self) -> None:
         lines = ",\n".join(json.dumps(asdict(r)) for r in self._records.values())
         new = self._path.with_suffix(".new")
-        new.write_text(f'{{"records": [\n{lines}\n]}}\n', encoding="utf-8")
+        paces = json.dumps(self.paces, indent=1)
+        new.write_text(f'{{"records": [\n{lines}\n],\n"paces": {paces}}}\n', encoding="utf-8")
         os.replace(new, self._path)
 
 
@@ -147,6 +163,33 @@ def run_trials(records: Records, trials: Iterable[Trial], processes: int) -> Non
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def measure_paces(records: Records, trials: Sequence[Trial], rounds: int) -> None:
+    """Run the first steps of each trial in turns, for their seconds per step.
+
+    Whole runs are hours apart, and what else a machine does in between shows in their times.
+
+    Args:
+        records: Where paces are kept; nothing is run where they are there for all trials.
+        trials: The trials.
+        rounds: Runs of each.
+    """
+    if all(len(records.paces.get(trial.key, ())) >= rounds for trial in trials):
+        return
+    short = {"max_steps": PACE_STEPS, "eval_strategy": "no", "warmup_steps": 1}
+    paces: dict[str, list[float]] = {trial.key: [] for trial in trials}
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), _start_worker, (os.cpu_count() or 1,)
+    ) as pool:
+        for turn in range(rounds):
+            order = random.Random(turn).sample(list(trials), len(trials))
+            for trial in order:
+                record = pool.submit(run_trial, trial.changed(short)).result()
+                pace = math.nan if record.failure else record.seconds / record.steps
+                paces[trial.key].append(pace)
+                print(f"round {turn + 1} of {rounds}  {pace:.3f} s/step  {trial.optim}", flush=True)
+    records.set_paces(paces)
 
 
 def _start_worker(threads: int) -> None:

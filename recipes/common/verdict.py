@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 from common.plots import load_pyplot
 from common.study import Trial
@@ -19,11 +19,13 @@ class Line:
         name: What to call it.
         trial: The trial of the first seed.
         records: Of all seeds, in their order.
+        pace: Seconds per step, measured in turns with the other lines; NaN where it was not.
     """
 
     name: str
     trial: Trial
     records: Sequence[Record]
+    pace: float = math.nan
 
     @property
     def losses(self) -> list[float]:
@@ -41,7 +43,7 @@ def table(lines: Sequence[Line], reference: Line) -> str:
     """Make a Markdown table, the lowest loss first.
 
     Steps and wall-clock are those to the reference's best loss of the same seed, over what the
-    reference takes to it. Wall-clock counts steps by the line's seconds per step.
+    reference takes to it. Wall-clock counts steps by the line's pace.
 
     Args:
         lines: What to compare.
@@ -59,7 +61,7 @@ def table(lines: Sequence[Line], reference: Line) -> str:
             f"| {line.name} | {_spread(ours)} | {_spread(gaps, sign=True)}"
             f" | {_ratio(steps_ratios(line, reference))}"
             f" | {_ratio(steps_ratios(line, reference, timed=True))}"
-            f" | {seconds_per_step(line):.3f} | {settings(line.trial)} |"
+            f" | {line.pace:.3f} | {settings(line.trial)} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -79,26 +81,13 @@ def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[fl
         reference: What to compare with.
         timed: Return ratios of wall-clock instead.
     """
-    pace = seconds_per_step(line) / seconds_per_step(reference) if timed else 1.0
-    if timed and line.records[0].environment != reference.records[0].environment:
-        pace = math.nan
+    pace = line.pace / reference.pace if timed else 1.0
     ratios: list[float | None] = []
     for own, other in zip(line.records, reference.records, strict=True):
         steps = own.steps_to(other.best)
         wanted = other.steps_to(other.best)
         ratios.append(None if steps is None or wanted is None else pace * steps / wanted)
     return ratios
-
-
-def seconds_per_step(line: Line) -> float:
-    """Return the median over whole runs of a step's wall-clock time, evaluations left out.
-
-    NaN where no run was whole, or where they ran in different environments.
-    """
-    if len({str(record.environment) for record in line.records}) > 1:
-        return math.nan
-    whole = [record for record in line.records if not record.failure and record.steps]
-    return median(r.seconds / r.steps for r in whole) if whole else math.nan
 
 
 def _spread(values: Sequence[float], *, sign: bool = False) -> str:

@@ -1,17 +1,20 @@
 """Comparing optimizers: what is refused, what is run, and what is said of it."""
 
 import json
+import math
 import re
-from dataclasses import asdict, replace
+from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import compare_optimizers
 import pytest
 import yaml
+from common import trials as trials_module
 from common.study import Trial, read_study
-from common.trials import Record, Records, run_trial
-from common.verdict import Line, plot, seconds_per_step, steps_ratios, table
+from common.trials import PACE_STEPS, Record, Records, measure_paces, run_trial
+from common.verdict import Line, plot, steps_ratios, table
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -59,7 +62,11 @@ def landscape(monkeypatch) -> list[Trial]:
             loss -= 0.5 * (trial.optim_args.get("k") == 5) + 0.1 * (trial.optim == "sophia")
             records.add(record(trial, [9.0, loss]))
 
+    def paces(records: Records, trials, rounds: int) -> None:
+        records.set_paces({t.key: [0.1 + 0.1 * (t.optim == "sophia")] * rounds for t in trials})
+
     monkeypatch.setattr(compare_optimizers, "run_trials", fake)
+    monkeypatch.setattr(compare_optimizers, "measure_paces", paces)
     return run
 
 
@@ -153,6 +160,8 @@ def test_the_best_of_each_runs_with_every_seed_and_nothing_twice(
     assert lines["adamw"].trial.arguments == {"max_steps": 4, "learning_rate": 2.0, "seed": 1}
     assert lines["sophia"].losses == pytest.approx([2.41, 2.42, 2.43])
     assert lines["sophia: k 1"].losses == pytest.approx([2.91, 2.92, 2.93])
+    assert lines["sophia"].pace == pytest.approx(2 * lines["adamw"].pace)
+    assert math.isnan(lines["sophia: k 1"].pace)
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| sophia | 2.420 ± 0.010 | -0.600 ± 0.000 |" in text
     assert "1: 4.010, 2: 3.010, 4: 5.010, 8: 9.000" in text
@@ -197,7 +206,7 @@ def test_steps_are_counted_between_evaluations_and_failures_never_win() -> None:
     failed = record(trial, [0.5], failure="ValueError: NaN")
     assert failed.best == float("inf")
     assert record(trial, [float("nan"), 2.5]).best == 2.5
-    reference, other = Line("a", trial, [slow]), Line("b", trial, [fast])
+    reference, other = Line("a", trial, [slow], pace=1.0), Line("b", trial, [fast], pace=2.0)
     assert steps_ratios(other, reference) == [pytest.approx(50 / 3 / 40)]
     assert steps_ratios(other, reference, timed=True) == [pytest.approx(2 * 50 / 3 / 40)]
     rows = table([reference, other, Line("c", trial, [failed])], reference).splitlines()
@@ -217,20 +226,49 @@ def test_what_diverged_is_said_and_spoils_nothing(tmp_path) -> None:
     assert [row.split("|")[1].strip() for row in rows] == ["a", "b", "c"]
     assert "| 3.000 (1 of 3) | +0.000 (1 of 3) | 1.00 (1 of 3) |" in rows[1]
     assert "| failed | failed | never | never |" in rows[2]
-    assert seconds_per_step(some) == 1.0
     assert plot([reference, some, none], tmp_path / "p.png", "t").stat().st_size > 5_000
     assert plot([none], tmp_path / "q.png", "t").exists()
 
 
-def test_times_of_different_machines_are_not_compared() -> None:
+def test_times_that_were_not_measured_together_are_not_compared() -> None:
     trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
-    here, there = (
-        record(trial, [5.0, 4.0]),
-        replace(record(trial, [5.0, 4.0]), environment={"t": 2}),
-    )
-    rows = table([Line("a", trial, [here]), Line("b", trial, [there])], Line("a", trial, [here]))
+    one = record(trial, [5.0, 4.0])
+    timed, other = Line("a", trial, [one], pace=0.5), Line("b", trial, [one])
+    rows = table([timed, other], timed)
     assert "| 1.00 | unknown |" in rows
     assert "| 1.00 | 1.00 |" in rows
+
+
+def test_paces_are_measured_in_turns_and_once(tmp_path, monkeypatch) -> None:
+    ran = []
+
+    class Pool:
+        def __init__(self, *args) -> None: ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args) -> None: ...
+        def submit(self, function, trial):
+            ran.append(trial)
+            failure = "ValueError: NaN" if trial.optim == "b" else None
+            future = Future()
+            future.set_result(record(trial, [1.0], 20.0, failure=failure))
+            return future
+
+    monkeypatch.setattr(trials_module, "ProcessPoolExecutor", Pool)
+    trials = [Trial("r", {"learning_rate": 1.0, "seed": 1}, name, {}) for name in "abc"]
+    records = Records(tmp_path / "results.json")
+    for _ in range(2):
+        measure_paces(records, trials, 2)
+    assert [[t.optim for t in ran[i : i + 3]] for i in (0, 3)] != [["a", "b", "c"]] * 2
+    assert sorted(t.optim for t in ran[:3]) == sorted(t.optim for t in ran[3:]) == ["a", "b", "c"]
+    assert {t.arguments["max_steps"] for t in ran} == {PACE_STEPS}
+    records.close()
+    again = Records(tmp_path / "results.json")
+    assert again.paces[trials[0].key] == [2.0, 2.0]
+    assert all(map(math.isnan, again.paces[trials[1].key]))
+    measure_paces(again, trials, 3)
+    assert len(ran) == 6 + 9  # more rounds are measured anew, all together
 
 
 def test_an_optimizer_that_always_fails_is_no_edge(write, tmp_path, monkeypatch) -> None:
@@ -239,6 +277,7 @@ def test_an_optimizer_that_always_fails_is_no_edge(write, tmp_path, monkeypatch)
             records.add(record(trial, [], failure="ValueError: NaN at step 3"))
 
     monkeypatch.setattr(compare_optimizers, "run_trials", fail)
+    monkeypatch.setattr(compare_optimizers, "measure_paces", lambda *args: None)
     with pytest.raises(SystemExit, match="every trial of adamw failed: ValueError: NaN at step 3"):
         compare_optimizers.main([str(write()), "--output", str(tmp_path / "out")])
 
