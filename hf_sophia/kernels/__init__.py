@@ -6,14 +6,21 @@ which it is.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from hf_sophia.kernels import cpu, cuda
-from hf_sophia.kernels.scalars import SMALLEST_RHO, StepScalars
+from hf_sophia.kernels.scalars import SMALLEST_NORMAL, SMALLEST_RHO, StepScalars
 
-__all__ = ["SMALLEST_RHO", "Kernel", "StepScalars", "kernel_for", "no_kernel_because"]
+__all__ = [
+    "SMALLEST_NORMAL",
+    "SMALLEST_RHO",
+    "Kernel",
+    "StepScalars",
+    "kernel_for",
+    "no_kernel_because",
+]
 
 
 _KERNELS = {"cpu": cpu, "cuda": cuda}
@@ -22,11 +29,16 @@ _KERNELS = {"cpu": cpu, "cuda": cuda}
 class Kernel(Protocol):
     """What a kernel does; all tensors are contiguous, and of one device.
 
+    It works on addresses, so the caller keeps the tensors alive.
+
     Args:
         params: Parameters of one dtype.
         averages: Their gradients' averages m, in fp32.
         hessians: Their Hessian's averages h, in fp32.
     """
+
+    #: Whether what is not finite is known only after a later update.
+    late: ClassVar[bool]
 
     def __init__(
         self,
@@ -49,16 +61,23 @@ class Kernel(Protocol):
             scalars: The other options.
         """
 
-    def finite(self) -> bool:
-        """Whether all gradients were finite, as far as is known without waiting for a device.
+    def finite(self, *, wait: bool = False) -> bool:
+        """Whether all gradients were finite, as far as is known.
 
-        On the CPU these are the last update's, and it can be taken back. On other devices they may
-        be those of a step before, in which the coordinates of the others were updated as if their
-        gradients were 0.
+        On the CPU these are the last update's, and it can be taken back. Where the kernel is `late`
+        they may be those of a step before, in which the coordinates of the others were updated as
+        if their gradients were 0.
+
+        Args:
+            wait: For the device, to know of all updates.
         """
 
     def undo(self) -> None:
-        """Take back the last update, to rounding, where its gradients are still at hand."""
+        """Take back the last update, to rounding, where the kernel is not late.
+
+        To the rounding of what was added: beside a gradient of 1e6 an average of 0.1 comes back
+        with an error of some 0.01.
+        """
 
     @property
     def clipped(self) -> int | torch.Tensor:

@@ -58,7 +58,10 @@ def compiled(source: Path) -> ctypes.CDLL:
     if os.name != "posix":
         raise CompilationError(f"kernels are compiled on POSIX systems only, this is {os.name}")
     compiler = _compiler()
-    text = source.read_bytes()
+    try:
+        text = source.read_bytes()
+    except OSError as error:
+        raise CompilationError(f"{source} can't be read: {error}") from error
     what = [*compiler, _version(compiler), *FLAGS, platform.machine(), platform.libc_ver()]
     name = f"{source.stem}-{hashlib.sha256(text + repr(what).encode()).hexdigest()[:24]}.so"
     try:
@@ -87,7 +90,11 @@ def _from_cache(compiler: list[str], source: Path, name: str) -> ctypes.CDLL:
 
 def _compiler() -> list[str]:
     """Return the command of a C compiler: `$CC`, or the first that is installed."""
-    if named := shlex.split(os.environ.get("CC", "")):
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise CompilationError(f"CC={os.environ['CC']!r} is no command: {error}") from error
+    if named:
         if shutil.which(named[0]) is None:
             raise CompilationError(f"the compiler of CC={os.environ['CC']!r} is not installed")
         return named
@@ -104,10 +111,17 @@ def _version(compiler: list[str]) -> str:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise CompilationError(f"{shlex.join(command)} took over {_TIMEOUT} s") from error
+    except OSError as error:
+        raise CompilationError(f"{shlex.join(command)} can't be run: {error}") from error
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:

@@ -30,7 +30,6 @@ class _Job(ctypes.Structure):
         ("size", ctypes.c_void_p),
         ("first_chunk", ctypes.c_void_p),
         ("tensors", ctypes.c_int64),
-        ("done", ctypes.c_void_p),
         ("lr", ctypes.c_double),
         *((name, ctypes.c_float) for name in ("decay", "weight", "eps", "hessian_weight")),
         *((name, ctypes.c_int32) for name in ("nesterov", "bf16", "undo")),
@@ -75,6 +74,8 @@ def _parallel() -> Callable[..., None] | None:
 class CpuStep:
     """A `Kernel` for the CPU."""
 
+    late = False
+
     def __init__(
         self,
         params: Sequence[torch.Tensor],
@@ -89,7 +90,6 @@ class CpuStep:
         length = library.chunk_elements()
         first_chunk = [0, *accumulate(-(-size // length) for size in sizes)]
         self._chunks = first_chunk[-1]
-        self._done = bytearray(self._chunks + 1)
         self._fixed = [
             *(_addresses(tensors) for tensors in (params, averages, hessians)),
             array("q", sizes),
@@ -103,7 +103,6 @@ class CpuStep:
             size=size,
             first_chunk=chunk,
             tensors=len(sizes),
-            done=ctypes.addressof(ctypes.c_char.from_buffer(self._done)),
             bf16=params[0].dtype == torch.bfloat16,
         )
         self._number = array("f", [0.0])
@@ -126,12 +125,12 @@ class CpuStep:
         job = self._job
         job.grad, job.rho = (table.buffer_info()[0] for table in self._passing)
         job.lr, job.decay, job.weight = scalars.lr, scalars.decay, 1.0 - scalars.beta1
-        job.eps, job.hessian_weight = scalars.eps, scalars.hessian_weight
+        job.eps, job.hessian_weight = scalars.scaled_eps, scalars.hessian_weight
         job.nesterov, job.undo = scalars.nesterov, False
         job.bad = job.clipped = 0
         self._run()
 
-    def finite(self) -> bool:
+    def finite(self, *, wait: bool = False) -> bool:
         """Whether all gradients of the last update were finite."""
         return not self._job.bad
 

@@ -5,6 +5,7 @@ until then such a coordinate is updated as if its gradient were 0.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -45,6 +46,8 @@ def _kernel() -> tuple[Any, dict[torch.dtype, Any]]:
 class TritonStep:
     """A `Kernel` for any device that Triton knows."""
 
+    late = True
+
     def __init__(
         self,
         params: Sequence[torch.Tensor],
@@ -53,17 +56,18 @@ class TritonStep:
     ) -> None:
         first = params[0]
         self._device, self._dtype = first.device, first.dtype
-        sizes = torch.tensor([param.numel() for param in params])
+        sizes = torch.tensor([param.numel() for param in params], device="cpu")
+        self._block, self._warps = BLOCK, WARPS
         blocks = (sizes + BLOCK - 1) // BLOCK
-        owner = torch.repeat_interleave(torch.arange(len(params)), blocks)
+        owner = torch.repeat_interleave(torch.arange(len(params), device="cpu"), blocks)
         before = (blocks.cumsum(0) - blocks)[owner]
-        start = (torch.arange(len(owner)) - before) * BLOCK
+        start = (torch.arange(len(owner), device="cpu") - before) * BLOCK
         self._programs = len(owner)
         self._sizes, self._owner, self._start = (
             tensor.to(self._device) for tensor in (sizes, owner, start)
         )
         self._fixed = [_addresses(tensors) for tensors in (params, averages, hessians)]
-        self._number = torch.zeros((), device=self._device)
+        self._number = torch.zeros((), dtype=torch.float32, device=self._device)
         self._passing: list[list[int]] = []
         self._table = torch.zeros(0, dtype=torch.long)
         self._aligned = False
@@ -79,6 +83,19 @@ class TritonStep:
         scalars: StepScalars,
     ) -> None:
         """Take a step."""
+        # Triton launches on the current device, which need not be that of the parameters.
+        with self._as_current():
+            self._launch(grads, rho, scalars)
+
+    def _as_current(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _launch(
+        self,
+        grads: Sequence[torch.Tensor],
+        rho: float | Sequence[torch.Tensor],
+        scalars: StepScalars,
+    ) -> None:
         if isinstance(rho, float):
             self._number.fill_(rho)
             thresholds = [self._number.data_ptr()] * len(grads)
@@ -104,18 +121,18 @@ class TritonStep:
             scalars.decay,
             weight,
             weight if scalars.nesterov else 0.0,
-            scalars.eps * scalars.hessian_weight,
+            scalars.scaled_eps,
             scalars.hessian_weight,
             SMALLEST_RHO,
             TYPE=types[self._dtype],
-            BLOCK=BLOCK,
+            BLOCK=self._block,
             ALIGNED=self._aligned,
-            num_warps=WARPS,
+            num_warps=self._warps,
         )
 
-    def finite(self) -> bool:
+    def finite(self, *, wait: bool = False) -> bool:
         """Whether no gradient is known not to have been finite; it may be that of a step before."""
-        if self._device.type != "cuda":
+        if wait or self._device.type != "cuda":
             return not self._bad
         if self._news is not None:
             count, arrived = self._news
@@ -125,10 +142,11 @@ class TritonStep:
             if count:
                 self._bad.zero_()
                 return False
-        count = torch.empty((), dtype=torch.long, pin_memory=True)
-        count.copy_(self._bad, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        with self._as_current():
+            count = torch.empty((), dtype=torch.long, device="cpu", pin_memory=True)
+            count.copy_(self._bad, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
         self._news = (count, arrived)
         return True
 
@@ -148,7 +166,7 @@ class TritonStep:
         theta, m, h = self._fixed
         places = (*theta, *grads, *m, *h)
         self._aligned = not any(address % _ALIGNMENT for address in places)
-        table = torch.tensor([theta, grads, m, h, thresholds])
+        table = torch.tensor([theta, grads, m, h, thresholds], device="cpu")
         if self._device.type == "cuda":
             table = table.pin_memory()
         self._table = table.to(self._device, non_blocking=True)

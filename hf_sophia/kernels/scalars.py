@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+#: The smallest number that fp32 holds with all its bits; below, a division may end in 0 / 0.
+SMALLEST_NORMAL = 2.0**-126
+
 #: Stands for a rho that there is none of yet: with it every coordinate that moves is clipped.
 SMALLEST_RHO = 1e-30
 
@@ -25,3 +28,8 @@ class StepScalars:
     eps: float
     hessian_weight: float
     nesterov: bool
+
+    @property
+    def scaled_eps(self) -> float:
+        """The smallest curvature before it is divided by `hessian_weight`; a normal fp32 number."""
+        return max(self.eps * self.hessian_weight, SMALLEST_NORMAL)

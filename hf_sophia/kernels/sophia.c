@@ -27,15 +27,14 @@ typedef struct {
   const int64_t *size;                  // elements of each tensor
   const int64_t *first_chunk;           // where each tensor's chunks begin, and the end
   int64_t tensors;
-  uint8_t *done;         // for each chunk: whether it has been updated
   double lr;
   float decay;           // theta is multiplied by it
   float weight;          // 1 - beta1
-  float eps;
+  float eps;             // of h before it is divided by
   float hessian_weight;  // what h is divided by
   int32_t nesterov;
   int32_t bf16;          // parameters and gradients are, instead of fp32
-  int32_t undo;          // take back what has been done
+  int32_t undo;          // take the last update back
   _Atomic int64_t next;     // the first chunk that nobody has taken
   _Atomic int64_t bad;      // whether a gradient is not finite
   _Atomic int64_t clipped;  // coordinates
@@ -69,9 +68,14 @@ VERSIONS static void narrow(uint16_t *to, const float *from, int64_t n) {
   }
 }
 
+// On the way from one to the other; for a weight of 1 it is exactly there.
+static inline float between(float from, float to, float weight) {
+  return weight < 0.5f ? from + weight * (to - from) : to - (1.0f - weight) * (to - from);
+}
+
 // What is clipped. m is the average that holds g already; by Nesterov it goes further along g.
 static inline float ratio_of(float m, float h, float g, const scalars *s) {
-  float numerator = m + s->further * (g - m);
+  float numerator = between(m, g, s->further);
   float curvature = h > s->eps ? h : s->eps;
   return numerator * s->hessian_weight / curvature;
 }
@@ -88,7 +92,7 @@ VERSIONS static counts update(float *restrict theta, const float *restrict g, fl
     int is_finite = g[i] - g[i] == 0.0f;
     float grad = is_finite ? g[i] : 0.0f;
     bad += !is_finite;
-    m[i] += s.weight * (grad - m[i]);
+    m[i] = between(m[i], grad, s.weight);
     float ratio = ratio_of(m[i], h[i], grad, &s);
     clipped += (ratio >= s.rho) | (ratio <= -s.rho);
     theta[i] = theta[i] * s.decay - s.step * clip(ratio, s.rho);
@@ -132,26 +136,21 @@ static counts change_bf16(const job *j, int64_t t, int64_t start, int64_t n, sca
   return all;
 }
 
-// Run by every thread; ends when all chunks are taken, or one of them holds a NaN.
+// Run by every thread; ends when all chunks are taken. That one holds a NaN ends nothing: what is
+// taken back would depend on which chunks other threads had come to.
 void step(job *j) {
   int64_t chunks = j->first_chunk[j->tensors], t = 0, clipped = 0;
   for (int64_t c; (c = atomic_fetch_add(&j->next, 1)) < chunks;) {
-    if (j->undo && !j->done[c]) continue;
-    if (!j->undo && j->bad) {
-      j->done[c] = 0;
-      continue;
-    }
     while (c >= j->first_chunk[t + 1]) t++;
     int64_t start = (c - j->first_chunk[t]) * CHUNK;
     int64_t n = j->size[t] - start < CHUNK ? j->size[t] - start : CHUNK;
     float rho = *(const float *)j->rho[t];
     rho = rho > SMALLEST ? rho : SMALLEST;
     scalars s = {(float)(j->lr / rho), j->decay, j->weight, j->nesterov ? j->weight : 0.0f,
-                 j->eps * j->hessian_weight, j->hessian_weight, rho};
+                 j->eps, j->hessian_weight, rho};
     counts here = j->bf16 ? change_bf16(j, t, start, n, s) : change_f32(j, t, start, n, s);
     clipped += here.clipped;
     if (here.bad) j->bad = 1;
-    j->done[c] = !j->undo;
   }
   atomic_fetch_add(&j->clipped, clipped);
 }

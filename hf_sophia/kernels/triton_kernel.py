@@ -12,6 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
+def _between(start, end, weight):
+    """Return what lies on the way; for a weight of 1 it is exactly the end."""
+    near = start + weight * (end - start)
+    return tl.where(weight < 0.5, near, end - (1.0 - weight) * (end - start))
+
+
+@triton.jit
 def _change(
     theta_at, g_at, m_at, h_at, inside, rho, step, decay, weight, further, eps, hessian_weight
 ):
@@ -22,9 +29,9 @@ def _change(
     h = tl.load(h_at, mask=inside)
     spoilt = ~(tl.abs(g) < float("inf"))
     g = tl.where(spoilt, 0.0, g)
-    m = m + weight * (g - m)
+    m = _between(m, g, weight)
     # m is the average already; by Nesterov it goes further along g.
-    ratio = (m + further * (g - m)) * hessian_weight / tl.maximum(h, eps)
+    ratio = _between(m, g, further) * hessian_weight / tl.maximum(h, eps)
     hit = tl.abs(ratio) >= rho
     theta = theta * decay - step * tl.minimum(tl.maximum(ratio, -rho), rho)
     tl.store(m_at, m, mask=inside)

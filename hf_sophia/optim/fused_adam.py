@@ -7,10 +7,11 @@ eps, a factor on the step into lr, and the decay that must not change with lr in
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from hf_sophia.optim.base import Batch, state_dtype
+from hf_sophia.optim.base import Batch
 from hf_sophia.optim.sharding import local, placed_like
 from hf_sophia.optim.weight_decay import WeightDecay
 
@@ -76,7 +77,7 @@ def update_fused(
     for index, (param, grad, state) in enumerate(
         zip(batch.params, batch.grads, batch.states, strict=True)
     ):
-        if _kernel_takes(param, grad, weight_decay):
+        if _kernel_takes(param, grad, state, weight_decay):
             key = (state["step"] + 1, local(param).device, param.dtype)
             alike.setdefault(key, []).append(index)
         else:
@@ -90,7 +91,8 @@ def update_fused(
         params = [batch.params[index] for index in indices]
         grads = [batch.grads[index] for index in indices]
         states = [batch.states[index] for index in indices]
-        largest = [local(s["max_exp_avg_sq"]) for s in states if "max_exp_avg_sq" in s]
+        amsgrad = batch.group.get("amsgrad", False)
+        largest = [local(state["max_exp_avg_sq"]) for state in states] if amsgrad else []
         take = torch._fused_adamw_ if weight_decay.weight_decouple else torch._fused_adam_
         beta1, beta2 = batch.group["betas"]
         take(
@@ -99,13 +101,13 @@ def update_fused(
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             largest,
-            [torch.tensor(float(step), device=device)] * len(states),
+            [torch.tensor(float(step), dtype=torch.float32, device=device)] * len(states),
             lr=own.lr,
             beta1=beta1,
             beta2=beta2,
             weight_decay=decay,
             eps=own.eps,
-            amsgrad=bool(largest),
+            amsgrad=amsgrad,
             maximize=False,
         )
         for state in states:
@@ -123,10 +125,15 @@ def _decay(own: AdamNumbers, weight_decay: WeightDecay, group: dict[str, float])
     return None if own.lr == 0.0 else lost / own.lr
 
 
-def _kernel_takes(param: torch.Tensor, grad: torch.Tensor, weight_decay: WeightDecay) -> bool:
-    return (
-        grad.dtype == param.dtype == state_dtype(param)
-        and not not_fused_because(param, weight_decay)
-        and grad.layout == torch.strided
-        and grad.is_contiguous()
+def _kernel_takes(
+    param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], weight_decay: WeightDecay
+) -> bool:
+    """Whether all lie in memory alike, which torch's kernel takes for granted."""
+    tensors = [grad, *(value for value in state.values() if isinstance(value, torch.Tensor))]
+    return not not_fused_because(param, weight_decay) and all(
+        tensor.layout == torch.strided
+        and tensor.dtype == param.dtype
+        and tensor.shape == param.shape
+        and tensor.is_contiguous()
+        for tensor in tensors
     )

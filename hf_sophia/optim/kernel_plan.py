@@ -11,6 +11,7 @@ from operator import is_, itemgetter
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from hf_sophia.kernels import StepScalars, kernel_for
@@ -40,6 +41,7 @@ class KernelCall:
         self._select = None if indices is None else itemgetter(*indices, indices[0])
         self._fixed = [self.of(tensors) for tensors in fixed]
         self._places = _places(self._fixed)
+        self._sizes = [param.numel() for param in self._fixed[0]]
         self.owner = self.of(owners)[0]
         self.size = sum(owner.numel() for owner in self.of(owners))
         first = self._fixed[0][0]
@@ -57,9 +59,12 @@ class KernelCall:
         self._grads = self.of(grads)
         return (
             all(map(_same, fixed, self._fixed))
+            # What is as it was may have been given other memory, or another view of the same.
             and _places(fixed) == self._places
-            and all(map(torch.Tensor.is_contiguous, fixed[0]))  # transposed it lies there too
-            and _like(self._grads, self._dtype)
+            and all(all(map(torch.Tensor.is_contiguous, tensors)) for tensors in fixed)
+            and list(map(torch.Tensor.numel, fixed[0])) == self._sizes
+            and list(map(torch.Tensor.numel, self._grads)) == self._sizes
+            and _plain(self._grads, self._dtype)
         )
 
     def update(self, rho: float | Tensors, scalars: StepScalars) -> bool:
@@ -74,7 +79,18 @@ class KernelCall:
         """
         own = rho if isinstance(rho, float) else self.of(rho)
         self._kernel.update(self._grads, own, scalars)
+        # A kernel writes past autograd, which notices by this that a graph is out of date.
+        increment_version((*self._fixed[0], *self._fixed[1]))
         return self._kernel.finite()
+
+    @property
+    def late(self) -> bool:
+        """Whether what is not finite is known only after a later step."""
+        return self._kernel.late
+
+    def was_finite(self) -> bool:
+        """Whether the gradients of all steps were finite; waits for the device."""
+        return self._kernel.finite(wait=True)
 
     def undo(self) -> None:
         """Take back the last update, to rounding."""
@@ -99,13 +115,16 @@ class KernelPlan:
         self._length = -1
         self._sharded = False
 
-    def refresh(self, params: Tensors, grads: Tensors, states: Sequence[dict[str, Any]]) -> None:
+    def refresh(self, params: Tensors, grads: Tensors, states: Sequence[dict[str, Any]]) -> bool:
         """Bring the plan up to date with this step's tensors.
 
         Args:
             params: The group's parameters that have a gradient.
             grads: Their gradients.
             states: Their state, with `exp_avg` and `hessian`.
+
+        Returns:
+            False where a call that is of no use any more had a gradient that was not finite.
         """
         fixed = [params, [s["exp_avg"] for s in states], [s["hessian"] for s in states]]
         if self._sharded:
@@ -115,20 +134,24 @@ class KernelPlan:
             and all([call.fits(fixed, grads) for call in self.calls])
             and not any([_kernel_takes(*(part[i] for part in (*fixed, grads))) for i in self.rest])
         ):
-            return
+            return True
+        finite = all([call.was_finite() for call in self.calls if call.late])
         if not self._sharded and any(isinstance(param, DTensor) for param in params):
             self._sharded = True
             fixed, grads = _shards(fixed, grads)
         self._make(fixed, grads, params)
+        return finite
 
     def _make(self, fixed: Sequence[Tensors], grads: Tensors, owners: Tensors) -> None:
         self._length = len(grads)
         alike: dict[Any, list[int]] = {}
         rest = []
+        overlapping = _overlapping(fixed[0])
         for index, (param, m, h, grad) in enumerate(zip(*fixed, grads, strict=True)):
-            if _kernel_takes(param, m, h, grad):
+            if index not in overlapping and _kernel_takes(param, m, h, grad):
                 owner = owners[index]
-                cut = owner.placements if isinstance(owner, DTensor) else None
+                sharded = isinstance(owner, DTensor)
+                cut = (owner.device_mesh, owner.placements) if sharded else None
                 alike.setdefault((param.device, param.dtype, cut), []).append(index)
             else:
                 rest.append(index)
@@ -151,21 +174,38 @@ def _kernel_takes(
 ) -> bool:
     return (
         kernel_for(param.device, param.dtype) is not None
-        and type(param) in (torch.Tensor, torch.nn.Parameter)
-        and _like([param, grad], param.dtype)
-        and _like([m, h], torch.float32)
+        and _plain([param, grad], param.dtype)
+        and _plain([m, h], torch.float32)
         and m.device == h.device == param.device
+        and m.shape == h.shape == grad.shape == param.shape
     )
 
 
-def _like(tensors: Tensors, dtype: torch.dtype) -> bool:
-    """Whether all are of a dtype and lie in memory without gaps, in order of their indices."""
+def _plain(tensors: Tensors, dtype: torch.dtype) -> bool:
+    """Whether all are of a dtype and in memory as they read: no gaps, no other order, no sign."""
     try:
-        return all([tensor.dtype is dtype for tensor in tensors]) and all(
-            map(torch.Tensor.is_contiguous, tensors)
+        return (
+            all([tensor.dtype is dtype for tensor in tensors])
+            and {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
+            and all(map(torch.Tensor.is_contiguous, tensors))
+            and not any(map(torch.Tensor.is_neg, tensors))
         )
     except RuntimeError:  # some sparse layouts do not know
         return False
+
+
+def _overlapping(params: Tensors) -> set[int]:
+    """Return the places of parameters that share memory, whose updates must not run at once."""
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(params) if p.numel()
+    )
+    found, end, last = set(), 0, -1
+    for first, after, index in spans:
+        if first < end:
+            found |= {last, index}
+        if after > end:
+            end, last = after, index
+    return found
 
 
 def _places(tensors: Sequence[Tensors]) -> list[list[int]]:
@@ -187,7 +227,8 @@ def run_kernels(
 
     Returns:
         Whether all gradients are known to be finite, on all processes that have shards of these
-        parameters. Where they are not, everything is as it was, to rounding.
+        parameters. Where they are not, everything is as it was, to rounding, but for what late
+        kernels did.
     """
     grads = [local(placed_like(param.grad, param)) for param in rest]
     finite = not grads or first_non_finite(grads) is None
@@ -196,9 +237,11 @@ def run_kernels(
         if finite:
             done.append(call)
             finite = call.update(rho, scalars)
-    owners = [*rest, *(call.owner for call, _, _ in calls)]
-    if agreed_first(None if finite else 0, owners) is None:
-        return True
-    for call in done:
-        call.undo()
-    return False
+    if rest or not all([call.late for call, _, _ in calls]):
+        owners = [*rest, *(call.owner for call, _, _ in calls)]
+        finite = agreed_first(None if finite else 0, owners) is None
+    if not finite:
+        for call in done:
+            call.undo()
+            call.finish()
+    return finite

@@ -9,7 +9,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
-from hf_sophia.kernels import SMALLEST_RHO, StepScalars, no_kernel_because
+from hf_sophia.kernels import SMALLEST_NORMAL, SMALLEST_RHO, StepScalars, no_kernel_because
 from hf_sophia.optim.base import BaseOptimizer, Batch, Group, State, first_non_finite
 from hf_sophia.optim.kernel_plan import KernelPlan, run_kernels
 from hf_sophia.optim.sharding import local, placed_like, total
@@ -36,6 +36,12 @@ AUTO = "auto"
 RHO_SCOPES = ("tensor", "group")
 
 
+_LATE = (
+    "a gradient of an earlier step held NaN or infinity, which a GPU tells of one step later: those"
+    " coordinates were updated as if it were 0, and the others by it. Go back to a checkpoint"
+)
+
+
 class NonFiniteHessianError(ValueError):
     """A Hessian estimate holds NaN or infinity; the optimizer is as it was before."""
 
@@ -45,6 +51,8 @@ def _check_rho(name: str, value: Any) -> None:
         if isinstance(value, str):
             raise ValueError(f"{name} must be a number > 0 or {AUTO!r}, got {value!r}")
         check_positive(name, value)
+        if value > torch.finfo(torch.float32).max:
+            raise ValueError(f"{name} must be a number that fp32 holds, got {value!r}")
 
 
 def _check_rho_scope(name: str, value: Any) -> None:
@@ -105,8 +113,8 @@ class Sophia(BaseOptimizer):
         bias_correction: Divide h by `1 - beta2^n` after n refreshes, as Adam does its averages.
         fused: Take the step by a kernel, in one pass over memory. None: where there is one, which
             is for contiguous fp32 and bf16 parameters with decoupled weight decay, on the CPU where
-            there is a C compiler, and on CUDA, also for fp16, with Triton. True: that or an error;
-            False: never. The results are the same to rounding.
+            there is a C compiler, and on CUDA, also for fp16, with Triton. True: a parameter that
+            is none of these is an error; False: never. The results are the same to rounding.
 
     State per parameter: `step` (this optimizer's count of steps when the parameter last moved),
     `exp_avg` (m) and `hessian` (h), in fp32 at least, and `rho` where that is `"auto"`. Refreshes
@@ -410,6 +418,8 @@ class Sophia(BaseOptimizer):
     def _not_fused_because(self, param: torch.Tensor) -> str:
         if not self._kernels_decay:
             return "kernels know decoupled weight decay only"
+        if type(param) not in (torch.Tensor, torch.nn.Parameter):
+            return f"kernels do not know what a {type(param).__name__} is"
         if not param.is_contiguous():
             return "it is not contiguous"
         return no_kernel_because(param.device, param.dtype)
@@ -429,8 +439,8 @@ class Sophia(BaseOptimizer):
         following = [batch for batch in batches if self._follows_now(batch)]
         scalars = [self._scalars(batch.group) for batch in batches]
         # A kernel finds on its way what is not finite and takes back what it did: unless more than
-        # its step depends on the gradients, or there is no way back.
-        if following or any(own.decay == 0.0 for own in scalars):
+        # its step depends on the gradients, or the way back is lost in rounding.
+        if following or any(abs(own.decay) < 0.5 for own in scalars):
             self._check_gradients(params)
         rhos = [self._thresholds(batch) for batch in batches]
         samples = self.__dict__.setdefault("_samples", {})
@@ -443,12 +453,9 @@ class Sophia(BaseOptimizer):
             for call in plan.calls
         ]
         if not run_kernels(calls, rest):
-            self._check_gradients(params)  # says where
-            raise ValueError(
-                "a gradient of an earlier step held NaN or infinity, which CUDA tells of one step"
-                " later: those coordinates were updated as if it were 0. Go back to a checkpoint,"
-                " or lower the learning rate"
-            )
+            if not any(call.late for call, _, _ in calls):
+                self._check_gradients(params)  # says where
+            raise ValueError(_LATE)
         self._clipped = [(call.finish(), call.owner) for call, _, _ in calls]
         for batch, plan in shares:
             counts = self._update_each(batch, plan.rest)
@@ -464,7 +471,8 @@ class Sophia(BaseOptimizer):
         if self.fused is False or not self._kernels_decay:
             return KernelPlan(rest=range(len(batch.params)))
         plan = self.__dict__.setdefault("_plans", {}).setdefault(index, KernelPlan())
-        plan.refresh(batch.params, batch.grads, batch.states)
+        if not plan.refresh(batch.params, batch.grads, batch.states):
+            raise ValueError(_LATE)
         return plan
 
     def _scalars(self, group: Group) -> StepScalars:
@@ -472,7 +480,7 @@ class Sophia(BaseOptimizer):
             lr=group["lr"],
             decay=self.weight_decay.factor(group),
             beta1=group["betas"][0],
-            eps=group["eps"],
+            eps=max(group["eps"], SMALLEST_NORMAL),
             hessian_weight=_hessian_weight(group),
             nesterov=group["nesterov"],
         )
@@ -484,7 +492,9 @@ class Sophia(BaseOptimizer):
             return float(rho)
         for param, state in zip(batch.params, batch.states, strict=True):
             if "rho" not in state:
-                state["rho"] = torch.zeros((), device=local(param).device)
+                state["rho"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+            elif state["rho"].dtype is not torch.float32:  # of a float64 parameter's checkpoint
+                state["rho"] = state["rho"].to(torch.float32)
         return [state["rho"] for state in batch.states]
 
     def _update(
@@ -511,7 +521,7 @@ class Sophia(BaseOptimizer):
         share. A zero-dimensional tensor on the parameters' device, without a device sync; 0 before
         the first step. Where parameters are sharded, all processes call it together.
         """
-        if not self._clipped:
+        if not self._moved:
             return torch.zeros(())
         counts = [torch.as_tensor(count, dtype=torch.float64) for count, _ in self._clipped]
         owners = [owner for _, owner in self._clipped]
@@ -558,6 +568,8 @@ class Sophia(BaseOptimizer):
         """
         super().load_state_dict(state_dict)
         self._missed_step = None
+        # They hold on to the state that was.
+        self.__dict__.pop("_plans", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""

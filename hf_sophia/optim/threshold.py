@@ -40,8 +40,12 @@ def sample_indices(size: int) -> torch.Tensor:
         Indices into the flat tensor, ascending, shape (min(size, SAMPLE_SIZE),).
     """
     if size <= SAMPLE_SIZE:
-        return torch.arange(size)
-    places = (torch.arange(SAMPLE_SIZE, dtype=torch.float64) + 0.5) * 0.6180339887498949 % 1.0
+        return torch.arange(size, device="cpu")
+    places = (
+        (torch.arange(SAMPLE_SIZE, dtype=torch.float64, device="cpu") + 0.5)
+        * 0.6180339887498949
+        % 1.0
+    )
     return (places * size).long().sort().values
 
 
@@ -59,11 +63,17 @@ class CoordinateSample:
         indices = sample_indices(param.numel())
         self.size = len(indices)
         shard = local(param)
+        self._where = (param.numel(), shard.numel(), shard.device)
         start = _offset(param)
         inside = (indices >= start) & (indices < start + shard.numel())
         #: Where in the sample, and where in the flat shard, the local coordinates are.
         self.positions = inside.nonzero().squeeze(1).to(shard.device)
         self.indices = (indices[inside] - start).to(shard.device)
+
+    def fits(self, param: torch.Tensor) -> bool:
+        """Whether the parameter still has the size and the device of before."""
+        shard = local(param)
+        return (param.numel(), shard.numel(), shard.device) == self._where
 
     def take(self, shard: torch.Tensor) -> torch.Tensor:
         """Return the local coordinates of a tensor that is sharded as the parameter is."""
@@ -111,7 +121,7 @@ def clipping_quantiles(
         Shape (len(params),), in fp32, on the parameters' device; 0 where nothing in the sample
         moves. The same on all processes, without a device sync.
     """
-    width = max(sample.size for sample in samples)
+    width = max(1, *(sample.size for sample in samples))
     table = ratios[0].new_full((len(params), width), 0.0, dtype=torch.float32)
     for row, sample, ratio in zip(table, samples, ratios, strict=True):
         row.index_copy_(0, sample.positions, ratio.to(torch.float32))
@@ -177,7 +187,7 @@ def follow(
         params = [batch.params[index] for index in indices]
         states = [batch.states[index] for index in indices]
         for param in params:
-            if param not in samples:
+            if param not in samples or not samples[param].fits(param):
                 samples[param] = CoordinateSample(param)
         quantiles = clipping_quantiles(
             params,
