@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from hf_sophia.optim.base import Batch
 from hf_sophia.optim.sharding import local, placed_like
@@ -110,6 +111,7 @@ def update_fused(
             amsgrad=amsgrad,
             maximize=False,
         )
+        increment_version(params)  # the kernel writes past autograd
         for state in states:
             state["step"] = step
     return rest

@@ -127,6 +127,18 @@ def test_without_a_compiler_the_message_says_so(source, monkeypatch) -> None:
     monkeypatch.setenv("CC", "nocc -O2")
     with pytest.raises(CompilationError, match="CC='nocc -O2' is not installed"):
         compiled(source)
+    monkeypatch.setenv("CC", "gcc 'x")
+    with pytest.raises(CompilationError, match="is no command: No closing quotation"):
+        compiled(source)
+    broken = source.with_name("broken")
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o700)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(CompilationError, match="can't be run"):
+        compiled(source)
+    monkeypatch.undo()
+    with pytest.raises(CompilationError, match="can't be read|no C compiler"):
+        compiled(source.with_name("none.c"))
 
 
 @needs_compiler

@@ -1,15 +1,17 @@
 """The fused step: the eager one to rounding, however parameters, state and gradients change."""
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
 
 from hf_sophia import WeightDecay
 from hf_sophia.kernels import no_kernel_because
-from hf_sophia.optim import OPTIMIZERS, Sophia
+from hf_sophia.optim import OPTIMIZERS, Adam, RAdam, Sophia
 from hf_sophia.optim.kernel_plan import KernelCall
 
 CPU = torch.device("cpu")
@@ -424,3 +426,210 @@ def test_without_a_compiler_the_step_is_the_eager_one(monkeypatch) -> None:
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="fused=True.*no C compiler"):
         Sophia(parameters(), fused=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("size", [10, 4_000_000])
+def test_a_parameter_that_changed_its_size_is_an_error(name, size) -> None:
+    """As where a vocabulary is cut or grown in place: its state no longer fits."""
+    param = torch.nn.Parameter(torch.ones(1000))
+    optimizer = OPTIMIZERS[name]([param], lr=0.01)
+    for _ in range(7):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    whole = torch.cat([param.data, torch.zeros(max(size - 1000, 0))])
+    param.grad = None
+    param.data = whole[:size] if size > 1000 else param.data[:size]
+    param.grad = torch.ones(size)
+    with pytest.raises(RuntimeError, match="size of tensor|shape"):
+        optimizer.step()
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(name, dtype) -> None:
+    options = {"rho": "auto", "target_clip_fraction": 0.5, "k": 3} if name == "sophia" else {}
+    optimizer, twin = (OPTIMIZERS[name](parameters(), lr=0.01, **options) for _ in range(2))
+    for step in range(1, 300 if name == "adam" else 12):
+        take_step(twin, step)
+    torch.set_default_dtype(dtype)
+    try:
+        for step in range(1, 300 if name == "adam" else 12):
+            generator = torch.Generator().manual_seed(step)
+            params = optimizer.param_groups[0]["params"]
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32)
+            if isinstance(optimizer, Sophia) and optimizer.hessian_due:
+                shapes = {p: p.shape for p in params}
+                optimizer.update_hessian(
+                    {
+                        p: torch.rand(shape, generator=generator, dtype=torch.float32).square()
+                        for p, shape in shapes.items()
+                    }
+                )
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(params, twin.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_that_changes_its_memory_format_goes_on(name) -> None:
+    """Its state stays as it was, in another order than the parameter."""
+    options = {"rho": 0.2, "k": 3} if name == "sophia" else {}
+    start = torch.randn(8, 3, 4, 5).to(memory_format=torch.channels_last)
+    forms = [
+        OPTIMIZERS[name]([torch.nn.Parameter(start.clone())], lr=0.01, fused=form, **options)
+        for form in (None, False)
+    ]
+    for optimizer in forms:
+        for step in range(1, 20):
+            (param,) = optimizer.param_groups[0]["params"]
+            if step == 8:
+                param.data = param.data.contiguous()
+            generator = torch.Generator().manual_seed(step)
+            param.grad = torch.empty_like(param).copy_(torch.randn(8, 3, 4, 5, generator=generator))
+            if isinstance(optimizer, Sophia) and optimizer.hessian_due:
+                optimizer.update_hessian({param: param.grad.square()})
+            optimizer.step()
+    assert_alike(*forms)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_autograd_hears_of_the_step(name) -> None:
+    weight = torch.nn.Parameter(torch.ones(5))
+    other = torch.ones(5, requires_grad=True)
+    optimizer = OPTIMIZERS[name]([weight], lr=0.1)
+    loss = (weight * other).sum()
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_kernel
+def test_a_gradient_with_its_sign_left_to_readers_is_read_right() -> None:
+    results = []
+    for form in (None, False):
+        param = torch.nn.Parameter(torch.ones(8))
+        optimizer = Sophia([param], lr=0.1, k=10**9, fused=form)
+        for grad in (torch.ones(8), torch._neg_view(torch.ones(8)), torch._neg_view(torch.ones(8))):
+            param.grad = grad
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
+
+
+@needs_kernel
+def test_without_memory_of_the_gradient_the_average_is_the_gradient() -> None:
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = Sophia([param], lr=0.1, betas=(0.0, 0.9), k=10**9)
+    for grad in (1.0, -1e-8):
+        param.grad = torch.full((4,), grad)
+        optimizer.step()
+    assert torch.equal(optimizer.state[param]["exp_avg"], torch.full((4,), -1e-8))
+    assert param.abs().max() < 1e-7  # back where it was: h is 0, and both steps were signs
+
+
+@needs_kernel
+@pytest.mark.parametrize("eps", [1e-44, 1e-60])
+def test_an_eps_that_fp32_does_not_hold_makes_no_nan(eps) -> None:
+    for form in (None, False):
+        param = torch.nn.Parameter(torch.ones(8))
+        optimizer = Sophia(
+            [param], eps=eps, betas=(0.9, 0.9999), bias_correction=True, k=5, fused=form
+        )
+        optimizer.update_hessian({param: torch.zeros(8)})
+        param.grad = torch.zeros(8)
+        optimizer.step()
+        assert torch.equal(param.detach(), torch.ones(8))
+
+
+@needs_kernel
+def test_a_refused_step_keeps_no_gradient_and_a_loaded_state_replaces_the_old() -> None:
+    optimizer = Sophia(parameters(), lr=0.01, rho=0.2, k=3)
+    take_step(optimizer, 1)
+    params = optimizer.param_groups[0]["params"]
+    for param in params:
+        param.grad = torch.full_like(param, float("nan"))
+    grads = [weakref.ref(param.grad) for param in params]
+    with pytest.raises(ValueError, match="NaN"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert all(grad() is None for grad in grads)
+    states = [weakref.ref(optimizer.state[param]["exp_avg"]) for param in params]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert all(state() is None for state in states)
+
+
+def test_amsgrad_is_the_groups() -> None:
+    forms = [RAdam(parameters(), lr=0.01, amsgrad=True, fused=form) for form in (None, False)]
+    for optimizer in forms:
+        for step in range(1, 20):
+            optimizer.param_groups[0]["amsgrad"] = step < 12
+            take_step(optimizer, step)
+    assert_alike(*forms)
+
+
+@needs_kernel
+def test_parameters_that_share_memory_are_updated_one_after_the_other() -> None:
+    torch.set_num_threads(4)
+    try:
+        results = []
+        for form in (None, False):
+            memory = torch.zeros(300_000)
+            params = [torch.nn.Parameter(memory[i * 1000 : 200_000 + i * 1000]) for i in range(3)]
+            params.append(torch.nn.Parameter(torch.zeros(100_000)))
+            optimizer = Sophia(params, lr=0.01, k=10**9, fused=form)
+            for _ in range(3):
+                for param in params:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
+            results.append([memory, params[-1].detach()])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_rho_follows_a_parameter_that_has_grown() -> None:
+    param = torch.nn.Parameter(torch.zeros(50))
+    optimizer = Sophia([param], lr=0.01, rho="auto", k=1, target_clip_fraction=0.5)
+    for size in (50, 5000, 40):
+        param.data = torch.zeros(size)
+        optimizer.state.clear()
+        param.grad = torch.linspace(1.0, 100.0, size)
+        optimizer.update_hessian({param: torch.ones(size)})
+        optimizer.step()
+        assert float(optimizer.clip_fraction()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_only_empty_parameters_are_no_error() -> None:
+    param = torch.nn.Parameter(torch.zeros(0, 3))
+    optimizer = Sophia([param], lr=0.01, rho="auto", k=2)
+    for step in (1, 2, 3):
+        take_step(optimizer, step)
+    assert float(optimizer.clip_fraction()) == 0.0
+
+
+def test_a_rho_beyond_fp32_is_refused() -> None:
+    with pytest.raises(ValueError, match="rho must be a number that fp32 holds, got 1e"):
+        Sophia(parameters(), rho=1e39)
+
+
+@needs_kernel
+def test_what_is_not_fused_is_said() -> None:
+    class Own(torch.nn.Parameter):
+        pass
+
+    half = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    turned = torch.nn.Parameter(torch.zeros(4, 5).t())
+    params = [torch.nn.Parameter(torch.zeros(7)), half, turned, Own(torch.zeros(2))]
+    found = Sophia(params).not_fused()
+    assert sorted(found.values()) == [2, 3, 20]
+    assert any("float16" in reason for reason in found)
+    assert Sophia(params, fused=False).not_fused() == {"fused is False": 32}
+    assert Adam(params[:1]).not_fused() == {}
