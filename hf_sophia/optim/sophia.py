@@ -316,7 +316,9 @@ class Sophia(BaseOptimizer):
 
         Raises:
             ValueError: A gradient or an estimate holds NaN or infinity, or logits came with
-                `"hutchinson"`; no parameter has changed.
+                `"hutchinson"`; no parameter has changed, but for rounding where a kernel had begun.
+                On CUDA a gradient's comes a step later, and the coordinates of the others have
+                moved.
             RuntimeError: The graph that the refresh needs is gone, a gradient is sparse or complex,
                 or the Hessian is due in one of several processes, each of which would have its own.
         """

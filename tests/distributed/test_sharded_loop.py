@@ -73,6 +73,14 @@ def test_a_kernel_takes_the_step_of_shards(tmp_path) -> None:
                     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_parameters_of_two_meshes_are_agreed_on_by_all(tmp_path) -> None:
+    for found in ranks_of("two meshes", 4, tmp_path):
+        assert found["clip_fraction"] == 1.0  # h is 0: all coordinates take sign steps
+        assert "gradient of parameter 1 of group 0 (shape" in found["message"]
+        for one, other in zip(found["before"], found["after"], strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_what_would_be_wrong_on_shards_is_refused_on_every_process(tmp_path) -> None:
     for found in ranks_of("faults", 2, tmp_path):
         assert "the backward pass left no gradient: between micro-batches" in found["no sync"]

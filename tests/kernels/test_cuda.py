@@ -81,7 +81,10 @@ def test_one_launch_updates_a_group(monkeypatch) -> None:
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: (launches.append((grid, args)), tables.append(args[0]))
+            return lambda *args, **options: (
+                launches.append((grid, args, options)),
+                tables.append(args[0]),
+            )
 
     monkeypatch.setattr(cuda, "_kernel", lambda: (Kernel(), dict.fromkeys(cuda.DTYPES)))
     tensors = [torch.zeros(size) for size in (1, cuda.BLOCK, cuda.BLOCK + 1)]
@@ -89,7 +92,13 @@ def test_one_launch_updates_a_group(monkeypatch) -> None:
     scalars = cuda.StepScalars(0.1, 1.0, 0.9, 1e-12, 1.0, False)
     for _ in range(2):
         kernel.update(tensors, 0.3, scalars)
-    assert [grid for grid, _ in launches] == [(4,), (4,)]
+    assert [grid for grid, *_ in launches] == [(4,), (4,)]
     assert tables[0] is tables[1]
     kernel.update([torch.zeros_like(tensor) for tensor in tensors], 0.3, scalars)
     assert tables[2] is not tables[1]
+    # A kernel keeps the block that its tables were made for.
+    block = cuda.BLOCK
+    monkeypatch.setattr(cuda, "BLOCK", 2 * block)
+    kernel.update(tensors, 0.3, scalars)
+    assert launches[-1][0] == (4,)
+    assert launches[-1][2]["BLOCK"] == block

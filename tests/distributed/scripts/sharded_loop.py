@@ -7,8 +7,9 @@ import torch
 from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as checkpointing
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional
 from trainer.scripts.two_processes import rows, tiny_model
 from transformers import GPT2LMHeadModel
@@ -204,6 +205,25 @@ def by_kernel() -> dict[str, object]:
     return found
 
 
+def on_two_meshes() -> dict[str, object]:
+    """Meet a NaN that one of four processes has in a parameter of one of two meshes."""
+    meshes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))
+    params = []
+    for name in ("x", "y"):
+        whole_param = distribute_tensor(torch.arange(8.0), meshes[name], [Shard(0)])
+        params.append(torch.nn.Parameter(whole_param))
+    optimizer = Sophia(params, lr=0.1, k=10**9)
+    for param in params:
+        param.grad = distribute_tensor(torch.ones(8), param.device_mesh, param.placements)
+    optimizer.step()
+    found = {"clip_fraction": optimizer.clip_fraction(), "before": whole(params)}
+    if distributed.get_rank() == 3:
+        params[1].grad.to_local()[0] = float("nan")
+    found["message"] = message_of(ValueError, optimizer.step)
+    found["after"] = whole(params)
+    return found
+
+
 def one_call(batch: Batch) -> dict[str, object]:
     """Estimate in one call, from shards and beside DistributedDataParallel."""
     found = {}
@@ -267,6 +287,8 @@ def main(mode: str, folder: str) -> None:
         result = faults(output)
     elif mode == "kernel":
         result = by_kernel()
+    elif mode == "two meshes":
+        result = on_two_meshes()
     elif mode == "one process":
         result = of_one_process(output)
     else:
