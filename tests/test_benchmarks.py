@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is not a test's business."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,25 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path) -> None:
     assert [trial["killed"] for trial in record["trials"]] == [True, True]
     assert committed["equal"] == len(committed["trials"]) == 20
     assert committed["killed while a checkpoint was being written"] >= 5
+
+
+def test_quoted_figures_are_the_committed_ones() -> None:
+    """Above each table stands which file and which of its figures it quotes."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"<!-- (\S+) \| (\w+) \| (.+) -->\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    assert {name for name, *_ in tables} == {
+        "step_cpu.json",
+        "refresh_cpu.json",
+        "sampler_cpu.json",
+    }
+    for file, field, columns, rows in tables:
+        results = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["results"]
+        for row in rows.splitlines():
+            name, *shown = (cell.strip() for cell in row.strip("|").split("|"))
+            for column, cell in zip(columns.split(" | "), shown, strict=True):
+                if not cell:
+                    assert name not in results[column]
+                    continue
+                figure = results[column][name][field]
+                expected = f"{figure:.1%}" if cell.endswith("%") else f"{figure:.2f}"
+                assert cell == expected, (file, name, column)
