@@ -43,8 +43,12 @@ def test_nothing_that_is_read_is_run(path) -> None:
         elif name == "yaml.load":
             assert keywords.get("Loader") in ("_Loader", "yaml.BaseLoader", "yaml.SafeLoader")
         else:
-            # The launcher runs the script that it is given: that is its purpose.
-            harmless = owner in ("json", "evaluate") or (path.name, name) == ("run.py", "exec")
+            # The launcher runs the script that it is given: that is its purpose. Triton's language
+            # loads numbers out of a device's memory.
+            harmless = owner in ("json", "evaluate", "tl") or (path.name, name) == (
+                "run.py",
+                "exec",
+            )
             assert harmless or method not in UNSAFE, f"{path}:{node.lineno} calls {name}"
         assert keywords.get("trust_remote_code", "False") == "False", f"{path}:{node.lineno}"
         assert keywords.get("shell", "False") == "False", f"{path}:{node.lineno}"
