@@ -493,10 +493,13 @@ class Sophia(BaseOptimizer):
         if rho != AUTO:
             return float(rho)
         for param, state in zip(batch.params, batch.states, strict=True):
+            device = local(param).device
             if "rho" not in state:
-                state["rho"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
-            elif state["rho"].dtype is not torch.float32:  # of a float64 parameter's checkpoint
-                state["rho"] = state["rho"].to(torch.float32)
+                state["rho"] = torch.zeros((), dtype=torch.float32, device=device)
+            elif state["rho"].dtype is not torch.float32 or state["rho"].device != device:
+                # Of a float64 parameter's checkpoint, or left behind by a parameter that moved:
+                # a kernel would read something else at its address.
+                state["rho"] = state["rho"].to(device, torch.float32)
         return [state["rho"] for state in batch.states]
 
     def _update(

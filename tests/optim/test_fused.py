@@ -633,3 +633,15 @@ def test_what_is_not_fused_is_said() -> None:
     assert any("float16" in reason for reason in found)
     assert Sophia(params, fused=False).not_fused() == {"fused is False": 32}
     assert Adam(params[:1]).not_fused() == {}
+
+
+@needs_kernel
+def test_a_threshold_of_another_dtype_is_read_right() -> None:
+    forms = [Sophia(parameters(), lr=0.01, rho="auto", k=9, fused=form) for form in (None, False)]
+    for optimizer in forms:
+        take_step(optimizer, 1)
+        for state in optimizer.state.values():
+            state["rho"] = state["rho"].double()
+        take_step(optimizer, 2)
+    assert_alike(*forms)
+    assert 0.0 < float(forms[0].clip_fraction()) < 1.0
