@@ -1,0 +1,38 @@
+"""A loopback Hub for each test that asks for one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .client import connected, has_xet
+from .server import LoopbackHub
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub without xet, and the client of this process connected to it."""
+    folder = tmp_path_factory.mktemp("hub")
+    with LoopbackHub(folder / "server") as hub, connected(hub, folder / "client"):
+        yield hub
+
+
+@pytest.fixture
+def xet_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub with xet, which the client speaks where hf_xet is installed, so by default."""
+    if not has_xet():
+        pytest.skip("needs hf_xet")
+    folder = tmp_path_factory.mktemp("hub")
+    with LoopbackHub(folder / "server", xet=True) as hub, connected(hub, folder / "client"):
+        yield hub
+
+
+@pytest.fixture
+def folder_to_push(tmp_path: Path) -> Path:
+    """A folder with a small text, a large file, and one in a folder of its own."""
+    folder = tmp_path / "pushed"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "config.json").write_text('{"a": 1}\n')
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 400)
+    (folder / "deeper" / "näme with spaces.txt").write_text("ä\n")
+    return folder
