@@ -63,7 +63,10 @@ class Commit:
 
 @dataclass
 class Repository:
-    """One bare repository; `changes` of a commit map a path to its bytes, or to None to delete it."""
+    """One bare repository.
+
+    A commit maps each path that it changes to its bytes, or to None to delete it.
+    """
 
     folder: Path
     private: bool = False

@@ -109,7 +109,9 @@ class Handler(BaseHTTPRequestHandler):
         except Ended:
             self.reset()
             return
-        request.status = answer.status
+        self.take_range(answer)
+        # The record tells that a token came, and keeps none.
+        request.status, request.token, request.body = answer.status, None, b""
         self.send(answer, fault.after if fault and fault.kind == "truncate" else None)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = any_method
@@ -143,19 +145,22 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         return self.rfile.read(length if limit is None else min(limit, length))
 
-    def send(self, answer: Answer, limit: int | None) -> None:
-        body, headers = answer.body, {"Accept-Ranges": "bytes", **answer.headers}
+    def take_range(self, answer: Answer) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and answer.status == 200:
-            first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
-            answer.status, body = 206, body[first : last + 1]
+            size = len(answer.body)
+            first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
+            answer.headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+            answer.status, answer.body = 206, answer.body[first : last + 1]
+
+    def send(self, answer: Answer, limit: int | None) -> None:
         self.send_response(answer.status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        own = {"Content-Length": str(len(answer.body)), "Accept-Ranges": "bytes"}
+        for name, value in {**own, **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:limit])
+            self.wfile.write(answer.body[:limit])
         if limit is not None:
             self.close_connection = True
 
