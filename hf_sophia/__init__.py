@@ -12,7 +12,9 @@ from hf_sophia.optim import Adam, RAdam, Sophia, WeightDecay
 from hf_sophia.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
+    from hf_sophia.trainer.card_facts import TrainingCorpus
     from hf_sophia.trainer.examination import diagnose
+    from hf_sophia.trainer.publishing import HubPushError
     from hf_sophia.trainer.sophia_trainer import (
         SophiaSeq2SeqTrainer,
         SophiaTrainer,
@@ -23,11 +25,13 @@ __version__ = version("hf_sophia")
 
 __all__ = [
     "Adam",
+    "HubPushError",
     "RAdam",
     "Sophia",
     "SophiaSeq2SeqTrainer",
     "SophiaTrainer",
     "SophiaTrainerMixin",
+    "TrainingCorpus",
     "WeightDecay",
     "diagnose",
     "gauss_newton_bartlett",
@@ -40,6 +44,8 @@ register()
 
 
 _LATER = {
+    "HubPushError": "hf_sophia.trainer.publishing",
+    "TrainingCorpus": "hf_sophia.trainer.card_facts",
     "SophiaSeq2SeqTrainer": "hf_sophia.trainer.sophia_trainer",
     "SophiaTrainer": "hf_sophia.trainer.sophia_trainer",
     "SophiaTrainerMixin": "hf_sophia.trainer.sophia_trainer",

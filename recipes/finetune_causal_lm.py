@@ -119,7 +119,7 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
         processing_class=tokenizer,
         **LanguageModelEvaluation(tokenizer).hooks(),
     )
-    return Run(trainer, resume, corpus, "completions", language_model_headline)
+    return Run(trainer, resume, corpus, language_model_headline, "nats per token")
 
 
 class PromptEncoder:

@@ -128,7 +128,6 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
         trainer,
         resume,
         corpus,
-        str(labels),
         lambda metrics: labels.headline(metrics, rows),
         labels.unit,
     )

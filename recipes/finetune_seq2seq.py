@@ -102,7 +102,7 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
         processing_class=tokenizer,
         compute_metrics=GeneratedText(tokenizer) if args.predict_with_generate else None,
     )
-    return Run(trainer, resume, corpus, "sequence to sequence", headline)
+    return Run(trainer, resume, corpus, headline, "nats per token")
 
 
 def headline(metrics: dict[str, float]) -> str:

@@ -124,8 +124,7 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
         processing_class=tokenizer,
         **evaluation.hooks(),
     )
-    title = f"GPT-2, {model.num_parameters() / 1e6:.1f}M parameters"
-    return Run(trainer, resume, corpus, title, language_model_headline)
+    return Run(trainer, resume, corpus, language_model_headline, "nats per token")
 
 
 def next_command(args: TrainingArguments, argv: Sequence[str]) -> str:

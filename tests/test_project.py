@@ -26,7 +26,16 @@ LIBRARIES = {
     "kernels": {"torch", "triton"},
     "estimators": {"torch"},
     "optim": {"torch"},
-    "trainer": {"torch", "numpy", "transformers", "accelerate", "peft", "safetensors"},
+    "trainer": {
+        "torch",
+        "numpy",
+        "transformers",
+        "accelerate",
+        "huggingface_hub",
+        "matplotlib",
+        "peft",
+        "safetensors",
+    },
     "metrics": {"evaluate", "datasets"},
 }
 

@@ -29,6 +29,7 @@ from hf_sophia.trainer.own_pass import (
     without_reentrance,
 )
 from hf_sophia.trainer.plan import DEFAULT_FRACTION, HessianPlan, make_plan
+from hf_sophia.trainer.publishing import PublishingMixin
 from hf_sophia.trainer.refresh import HessianRefresh
 from hf_sophia.trainer.support import (
     check_supported,
@@ -40,7 +41,7 @@ from hf_sophia.trainer.trainer_sophia import TrainerSophia
 logger = logging.getLogger(__name__)
 
 
-class SophiaTrainerMixin(WholeCheckpointsMixin):
+class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
     """Gives any `transformers.Trainer` the Hessian that `optim="sophia"` needs.
 
     Put it first among the bases: `class MyTrainer(SophiaTrainerMixin, SomeTrainer)`. On the steps
@@ -48,7 +49,8 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
     are sampled from them and `hhat = sum G^2 / sum B` over the step's micro-batches is folded in,
     before the Trainer clips gradients and steps. The estimator owns its loss, so label smoothing,
     `num_items_in_batch`, gradient clipping and loss scaling do not reach it. With another optimizer
-    the mixin does nothing.
+    the mixin leaves training and checkpoints alone; its model card and what it says of pushes to
+    the Hub are for any.
 
     Adds to the logs: `sophia/clip_fraction` (share of coordinates clipped in the last step),
     `sophia/hessian_norm` (L2 norm of h), `sophia/rho` (geometric mean, what `rho=auto` has come to)
@@ -383,6 +385,19 @@ class SophiaTrainerMixin(WholeCheckpointsMixin):
             optimizer.repeat_refresh()
             self._left_out = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _hessian_facts(self) -> dict[str, Any]:
+        optimizer = self._sophia
+        if optimizer is None:
+            return {}
+        facts: dict[str, Any] = {}
+        if self._plan is not None:
+            facts["Hessian"] = str(self._plan)
+        if self._hessian_tokens is not None:
+            facts["B, predictions of the last refresh"] = f"{self._hessian_tokens:,}"
+        if self._plan is not None and optimizer.param_groups[0]["rho"] == AUTO:
+            facts["rho at the end (geometric mean)"] = f"{optimizer.mean_rho().item():.4g}"
+        return facts
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the optimizer's metrics beside the training loss.

@@ -44,6 +44,10 @@ class DataArguments:
     corpus_dir: str = field(
         default="runs/corpus", metadata={"help": "Where the embedded data is written"}
     )
+    hub_dataset_id: str | None = field(
+        default=None,
+        metadata={"help": "Push the rows to this data set of the Hub (user/name) after training"},
+    )
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is read."""
@@ -69,12 +73,21 @@ class Corpus:
         name: What to call it.
         digest: A hash of the content, to tell one corpus from another.
         licence: The text's licence, where it is known.
+        hub_id: Its name on the Hub, where it came from there.
+        publish_as: The data set of the Hub that it is to be pushed to.
     """
 
     documents: DatasetDict | IterableDatasetDict
     name: str
     digest: str
     licence: str | None = None
+    hub_id: str | None = None
+    publish_as: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name as others may read it: of a file without the folders of this machine."""
+        return self.name if self.hub_id else Path(self.name).name
 
     def __str__(self) -> str:
         """Say what it is and how large."""
@@ -121,8 +134,14 @@ def load_data(
             text, or there is no split to train on.
     """
     streaming = streamed_validation is not None
+    hub_id = None
+    if streaming and arguments.hub_dataset_id:
+        raise ValueError(
+            f"hub_dataset_id={arguments.hub_dataset_id!r}: rows that are streamed can't be pushed"
+        )
     if arguments.dataset_name:
         name, licence = arguments.dataset_name, None
+        hub_id = None if Path(name).is_dir() else name
         rows = load_dataset(name, arguments.dataset_config_name, streaming=streaming)
         if streaming:
             # What has not been read has no fingerprint; the builder's version is what is known.
@@ -148,11 +167,12 @@ def load_data(
         if split in rows
     }
     if not streaming:
-        return Corpus(DatasetDict(kept), name, digest, licence)
+        published = arguments.hub_dataset_id
+        return Corpus(DatasetDict(kept), name, digest, licence, hub_id, published)
     if "validation" not in kept:
         rest = kept["train"].skip(streamed_validation)
         kept = {"train": rest, "validation": kept["train"].take(streamed_validation)}
-    return Corpus(IterableDatasetDict(kept), name, digest, licence)
+    return Corpus(IterableDatasetDict(kept), name, digest, licence, hub_id)
 
 
 def hold_out(corpus: Corpus, percent: float, seed: int) -> Corpus:

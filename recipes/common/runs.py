@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from common.arguments import one_line_errors, parse_arguments
 from common.data import Corpus
-from common.plots import plot_losses
+from common.hub import push_data
+from hf_sophia import SophiaTrainerMixin, TrainingCorpus
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,15 @@ class Run:
         trainer: Ready to train.
         resume: The checkpoint to go on from, or None.
         corpus: Where the data came from.
-        title: Stands above the loss curve, before the optimizer's and the corpus's names.
         headline: Says in a line what an evaluation's metrics mean.
         unit: What the loss is measured in.
     """
 
-    trainer: Trainer
+    trainer: SophiaTrainerMixin
     resume: str | None
     corpus: Corpus
-    title: str
     headline: Callable[[dict[str, float]], str]
-    unit: str = "nats per token"
+    unit: str
 
 
 def start(types: Sequence[type], argv: Sequence[str] | None, config: Path) -> tuple[Any, ...]:
@@ -77,12 +76,14 @@ def check_length(args: TrainingArguments, argv: Sequence[str]) -> None:
 
 
 def checkpoint_of(args: TrainingArguments) -> str | None:
-    """Return the checkpoint to resume from: a path, or for `last` the newest one.
+    """Return the checkpoint to resume from: a path, for `last` the newest one, or `hub:...`.
 
     Raises:
         FileNotFoundError: It does not exist.
     """
     wanted = args.resume_from_checkpoint or None
+    if wanted is not None and wanted.startswith("hub:"):
+        return wanted  # downloaded by the Trainer
     if wanted == "last":
         exists = Path(args.output_dir).is_dir()
         newest = get_last_checkpoint(args.output_dir) if exists else None
@@ -107,25 +108,40 @@ def carry_out(run: Run) -> dict[str, float]:
         SystemExit: The optimizer's options are wrong.
     """
     trainer, corpus = run.trainer, run.corpus
+    trainer.corpus = TrainingCorpus(corpus.title, corpus.digest, corpus.licence, corpus.hub_id)
+    trainer.loss_unit = run.unit
     with one_line_errors():
         trainer.create_optimizer()  # its options are checked here
     trainer.train(resume_from_checkpoint=run.resume)
     metrics = trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushing comes last, with all that belongs to it
     trainer.save_state()
     output = Path(trainer.args.output_dir)
     record = {"name": corpus.name, "sha256": corpus.digest, "licence": corpus.licence}
     (output / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    picture = plot_losses(
-        trainer.state.log_history,
-        output / "loss.png",
-        f"{run.title}, {trainer.args.optim.value}, {corpus.name}",
-        run.unit,
-    )
+    picture = trainer.draw_losses()
     print(f"\n{run.headline(metrics)}")
     print(f"model         {trainer.args.output_dir}")
     print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
+    publish(run)
     return metrics
+
+
+def publish(run: Run) -> None:
+    """Push model and data to the Hub, as far as that was asked for.
+
+    Args:
+        run: The run, at its end.
+
+    Raises:
+        SystemExit: The Hub did not take them; the message says how to push them by hand.
+    """
+    trainer, corpus = run.trainer, run.corpus
+    with one_line_errors():
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        if corpus.publish_as and trainer.is_world_process_zero():
+            print(f"data set      {push_data(corpus, trainer.args)}")
 
 
 def language_model_headline(metrics: dict[str, float]) -> str:

@@ -1,0 +1,256 @@
+"""The model card of a run: what really trained the model, on what, and what came of it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.modelcard import TrainingSummary
+from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import ParallelMode
+
+from hf_sophia.optim import Sophia
+from hf_sophia.trainer.card_facts import (
+    TrainingCorpus,
+    describe_optimizer,
+    distinct,
+    evaluation_of,
+    metrics_in,
+    unwrapped,
+)
+
+#: Tags of every model that this package's optimizers or Trainers have trained.
+TAGS = ("hf_sophia", "generated_from_trainer")
+
+#: The picture that a card shows where the run's folder has it.
+PICTURE = "loss.png"
+
+_PAPER = """\
+@article{liu2023sophia,
+  title   = {Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training},
+  author  = {Liu, Hong and Li, Zhiyuan and Hall, David and Liang, Percy and Ma, Tengyu},
+  journal = {arXiv preprint arXiv:2305.14342},
+  year    = {2023}
+}"""
+
+_PACKAGE = """\
+@software{{hf_sophia,
+  title   = {{hf_sophia: the Sophia optimizer for Hugging Face Transformers}},
+  version = {{{version}}}
+}}"""
+
+
+def compose(
+    trainer: transformers.Trainer,
+    summary: TrainingSummary,
+    corpus: TrainingCorpus | None,
+    pretrained: bool,
+    hessian: Mapping[str, Any],
+) -> ModelCard:
+    """Write the card.
+
+    Args:
+        trainer: The Trainer, during or after the training.
+        summary: What transformers gathered; names, tasks, data sets and licence are taken from it.
+        corpus: What the model was trained on, where that is known.
+        pretrained: Whether weights were loaded before the training.
+        hessian: What to say of Sophia's Hessian, by name; empty with other optimizers.
+
+    Returns:
+        The card, not saved.
+    """
+    base = summary.finetuned_from if pretrained else None
+    step, metrics = evaluation_of(trainer)
+    data = _metadata(trainer, summary, corpus, base, metrics)
+    parts = [
+        f"# {summary.model_name}",
+        _origin(trainer, pretrained, base),
+        _results(step, metrics),
+        f"![Loss over optimizer steps]({PICTURE})"
+        if (Path(trainer.args.output_dir) / PICTURE).is_file()
+        else "",
+        "## Data",
+        _data(corpus, summary),
+        optimizer_section(trainer, hessian),
+        "## Training",
+        _table(("setting", "value"), _settings(trainer, summary).items()),
+        _history(trainer),
+        "## Software",
+        _table(("package", "version"), _versions().items()),
+        "## Citation",
+        citation(),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def optimizer_section(trainer: transformers.Trainer, hessian: Mapping[str, Any]) -> str:
+    """Write the card's section on the optimizer.
+
+    Args:
+        trainer: The Trainer.
+        hessian: As in `compose`.
+    """
+    name, options = describe_optimizer(trainer.optimizer)
+    rows = {"learning_rate (largest)": trainer.args.learning_rate} if options else {}
+    rows |= options | dict(hessian)
+    return "\n\n".join(
+        part
+        for part in ("## Optimizer", f"{name}.", _table(("option", "value"), rows.items()))
+        if part
+    )
+
+
+def citation() -> str:
+    """Write the card's citations: of the paper and of this package."""
+    package = _PACKAGE.format(version=version("hf_sophia"))
+    return f"```bibtex\n{_PAPER}\n\n{package}\n```"
+
+
+def _metadata(
+    trainer: transformers.Trainer,
+    summary: TrainingSummary,
+    corpus: TrainingCorpus | None,
+    base: str | None,
+    metrics: Mapping[str, float],
+) -> ModelCardData:
+    tasks = [summary.tasks] if isinstance(summary.tasks, str) else list(summary.tasks or ())
+    sets = [summary.dataset_tags] if isinstance(summary.dataset_tags, str) else summary.dataset_tags
+    hub_ids = [name for name in (corpus.hub_id if corpus else None, *(sets or ())) if name]
+    given = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or ())
+    name = corpus.name if corpus else next(filter(None, given), "unspecified")
+    kind = hub_ids[0] if hub_ids else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    results = [
+        EvalResult(
+            task_type=tasks[0],
+            dataset_type=kind,
+            dataset_name=name,
+            metric_type=metric.removeprefix("eval_"),
+            metric_name=metric.removeprefix("eval_").replace("_", " "),
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if tasks
+    ]
+    options: dict[str, Any] = {
+        "library_name": "transformers",
+        "language": summary.language,
+        "license": summary.license,
+        "base_model": base or None,
+        "tags": _tags(trainer, summary.tags),
+        "pipeline_tag": tasks[0] if len(tasks) == 1 else None,
+        "datasets": distinct(hub_ids) or None,
+        "metrics": sorted({result.metric_type for result in results}) or None,
+    }
+    if results:
+        options |= {"model_name": summary.model_name, "eval_results": results}
+    return ModelCardData(**{name: value for name, value in options.items() if value is not None})
+
+
+def _tags(trainer: transformers.Trainer, given: str | list[str] | None) -> list[str]:
+    given = [given] if isinstance(given, str) else list(given or ())
+    return distinct([*given, *tags(trainer)])
+
+
+def tags(trainer: transformers.Trainer) -> list[str]:
+    """Return the tags of a model that was trained here; `sophia` where that is what ran.
+
+    Args:
+        trainer: The Trainer.
+    """
+    return [*(["sophia"] if isinstance(unwrapped(trainer.optimizer), Sophia) else []), *TAGS]
+
+
+def _origin(trainer: transformers.Trainer, pretrained: bool, base: str | None) -> str:
+    kind = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+    if not pretrained:
+        origin = "trained from scratch: its weights were random at the start"
+    elif base:
+        origin = f"[{base}](https://huggingface.co/{base}), trained further"
+    else:
+        origin = "trained further from local weights"
+    done, planned = trainer.state.global_step, trainer.state.max_steps
+    length = f"It took {done:,} optimizer steps." if done else ""
+    if 0 < done < planned:
+        length = f"It has taken {done:,} of {planned:,} planned optimizer steps."
+    return f"A {kind}, {origin}. {length}".strip()
+
+
+def _results(step: int | None, metrics: Mapping[str, float]) -> str:
+    if step is None:
+        return "It was not evaluated."
+    rows = [(name.removeprefix("eval_"), _number(value)) for name, value in metrics.items()]
+    return f"On the evaluation data, after {step:,} steps:\n\n" + _table(("metric", "value"), rows)
+
+
+def _data(corpus: TrainingCorpus | None, summary: TrainingSummary) -> str:
+    if corpus is not None:
+        where = f"https://huggingface.co/datasets/{corpus.hub_id}" if corpus.hub_id else None
+        rows = {
+            "name": f"[{corpus.name}]({where})" if where else corpus.name,
+            "content": f"sha256 `{corpus.sha256}`" if corpus.sha256 else None,
+            "licence": corpus.licence or "not known",
+        }
+        return _table(("corpus", ""), [(n, v) for n, v in rows.items() if v])
+    given = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or ())
+    names = ", ".join(name for name in given if name)
+    return names or "The script that trained this model did not say what the data are."
+
+
+def _settings(trainer: transformers.Trainer, summary: TrainingSummary) -> dict[str, Any]:
+    args = trainer.args
+    rows = {k: v for k, v in (summary.hyperparameters or {}).items() if k != "optimizer"}
+    rows |= {"max_grad_norm": args.max_grad_norm}
+    if args.lr_scheduler_kwargs:
+        rows["lr_scheduler_kwargs"] = args.lr_scheduler_kwargs
+    if args.bf16:
+        rows["mixed_precision_training"] = "bf16"
+    if args.parallel_mode == ParallelMode.DISTRIBUTED:
+        rows["distributed_type"] = str(trainer.accelerator.distributed_type.value)
+    rows.pop("learning_rate", None)  # stands with the optimizer
+    return rows
+
+
+def _history(trainer: transformers.Trainer) -> str:
+    """Write a table of the evaluations during the training."""
+    if trainer.args.eval_strategy == IntervalStrategy.NO:
+        return ""
+    rows: dict[int, dict[str, float]] = {}
+    loss = None
+    for entry in trainer.state.log_history:
+        loss = entry.get("loss", loss)
+        if metrics := metrics_in(entry):
+            rows.setdefault(entry["step"], {"training loss": loss} if loss else {})
+            rows[entry["step"]] |= metrics
+    names = distinct(name for row in rows.values() for name in row)
+    lines = [
+        (f"{step:,}", *(_number(row[name]) if name in row else "" for name in names))
+        for step, row in rows.items()
+    ]
+    titles = [name.replace("eval_", "evaluation ", 1).replace("_", " ") for name in names]
+    return _table(("step", *titles), lines)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hf_sophia": version("hf_sophia"),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:,.6g}"
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    lines = [
+        tuple(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows
+    ]
+    if not lines:
+        return ""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *lines))
