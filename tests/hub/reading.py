@@ -2,6 +2,8 @@
 
 from urllib.parse import parse_qs, quote, urlencode
 
+import yaml
+
 from .repositories import Commit, Entry, Refused, Repository
 from .serving import Answer, Request, as_json
 from .state import API, PAGE, REVISION, State
@@ -20,6 +22,12 @@ ROUTES = [
 STORAGE_ROUTES = [
     ("GET", "/(?P<action>download)/(?P<oid>.+)", "fetch"),
 ]
+
+
+def front_matter(card: bytes) -> dict[str, object]:
+    """What a card says in YAML between two lines of dashes at its top."""
+    parts = card.decode("utf-8").split("---\n")
+    return yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0] else {}
 
 
 class Reading(State):
@@ -49,6 +57,10 @@ class Reading(State):
             "downloads": 0,
             "likes": 0,
             "siblings": [{"rfilename": e.path} for e in files],
+            "cardData": next(
+                (front_matter(self.content(repository, e)) for e in files if e.path == "README.md"),
+                {},
+            ),
         }
         if "blobs" in request.query:
             about["siblings"] = [

@@ -109,9 +109,11 @@ class Handler(BaseHTTPRequestHandler):
         except Ended:
             self.reset()
             return
+        finally:
+            # The record tells that a token came, and keeps none.
+            request.token, request.body = None, b""
         self.take_range(answer)
-        # The record tells that a token came, and keeps none.
-        request.status, request.token, request.body = answer.status, None, b""
+        request.status = answer.status
         self.send(answer, fault.after if fault and fault.kind == "truncate" else None)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = any_method

@@ -220,17 +220,20 @@ def test_a_data_set_comes_back(any_hub) -> None:
     assert [row["label"] for row in streamed] == rows["label"]
 
 
-def test_a_process_of_its_own_finds_the_hub(hub, api, tmp_path) -> None:
-    commit(api, add("a", b"1"))
-    script = f"from huggingface_hub import *; print(open(hf_hub_download({NAME!r}, 'a')).read())"
+def test_a_process_of_its_own_finds_the_hub(any_hub, tmp_path) -> None:
+    script = f"""
+from huggingface_hub import HfApi, hf_hub_download
+HfApi().create_repo({NAME!r})
+HfApi().upload_file(path_or_fileobj=b"1" * 1000, path_in_repo="a.bin", repo_id={NAME!r})
+print(len(open(hf_hub_download({NAME!r}, "a.bin")).read()))
+"""
+    environment = {**os.environ, **any_hub.environment(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **hub.environment(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "1"
+    assert result.stdout.strip() == "1000"
+    assert any_hub.files(NAME)["a.bin"] == b"1" * 1000
+    assert Path(hf_hub_download(NAME, "a.bin")).read_bytes() == b"1" * 1000
 
 
 def test_afterwards_the_client_is_as_before(tmp_path) -> None:
