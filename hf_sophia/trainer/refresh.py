@@ -26,6 +26,7 @@ class HessianRefresh:
         rank: The process's index.
         estimator: `"gnb"` or `"hutchinson"`.
         fraction: The share of the examples for passes of their own; None: graphs are kept.
+        kept: Of how many micro-batches the graphs are kept; None: of all.
         loss_scale: What the training loss is multiplied by in fp16; None: nothing.
     """
 
@@ -38,9 +39,10 @@ class HessianRefresh:
         rank: int,
         estimator: str = "gnb",
         fraction: float | None = None,
+        kept: int | None = None,
         loss_scale: float | None = None,
     ) -> None:
-        self._loss_scale = loss_scale
+        self._loss_scale, self._kept = loss_scale, kept
         self._seed, self._step, self._rank = seed, step, rank
         self._params, self._kind = list(params), _ESTIMATORS[estimator]
         self.batches: list[Mapping[str, Any]] = []
@@ -55,6 +57,19 @@ class HessianRefresh:
         self.fraction = fraction
         self._estimator = self._kind(self._params)
         self.seen_graphs = 0
+
+    @property
+    def missed_a_graph(self) -> bool:
+        """Whether a micro-batch's graph was to be kept and did not come."""
+        if self.fraction is not None:
+            return False
+        come = len(self.batches)
+        return self.seen_graphs < (come if self._kept is None else min(come, self._kept))
+
+    @property
+    def wants_graphs(self) -> bool:
+        """Whether the graph of the next micro-batch is to be kept."""
+        return self.fraction is None and (self._kept is None or self.seen_graphs < self._kept)
 
     def place(self, index: int) -> Place:
         """Where a micro-batch of this step stands in the run."""

@@ -103,11 +103,16 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         estimator = optimizer.param_groups[0]["hessian_computation_type"]
         if estimator == "hutchinson":
             check_twice_differentiable(self.args, wrapped, model)
-        asked = isinstance(optimizer, TrainerSophia) and optimizer.hessian_batch_fraction
-        plan = make_plan(wrapped, model, estimator, asked or None)
+        accumulated = self.args.gradient_accumulation_steps
+        plan = make_plan(wrapped, model, estimator, self._asked_fraction(optimizer), accumulated)
         logger.info("Hessian by %s: %s", plan, plan.reason)
         self._health = HessianHealth(optimizer.param_groups[0]["k"], self.state.global_step + 1)
         return plan
+
+    def _asked_fraction(self, optimizer: Sophia) -> float | None:
+        # A script may have made a Sophia of its own, without the Trainer's options.
+        asked = isinstance(optimizer, TrainerSophia) and optimizer.hessian_batch_fraction
+        return asked or None
 
     def _unwrapped(self, model: torch.nn.Module) -> torch.nn.Module:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -174,25 +179,33 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
                 rank=self.args.process_index,
                 estimator=self._plan.estimator,
                 fraction=self._plan.fraction,
+                kept=self._plan.kept,
                 loss_scale=None if scaler is None else scaler.get_scale(),
             )
         refresh = self._refresh
         # A step may take things out of its inputs.
         refresh.batches.append(dict(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if refresh.fraction is None and refresh.seen_graphs < len(refresh.batches):
-            raise RuntimeError(
-                f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's, so the"
-                " Hessian can't be refreshed: call super().compute_loss in the override and put"
-                " SophiaTrainerMixin first among the bases, pass the loss as compute_loss_func, or"
-                " ask for a Hessian pass of its own: --optim_args hessian_batch_fraction="
-                f"{DEFAULT_FRACTION}"
-            )
+        if refresh.missed_a_graph:
+            self._go_on_without_graphs(refresh)
         if self.accelerator.sync_gradients:
             self._refresh = None
             self._estimate_in_own_passes(model, refresh)
             self._fold_in(optimizer, refresh)
         return loss
+
+    def _go_on_without_graphs(self, refresh: HessianRefresh) -> None:
+        """Go over to passes of their own, where a share was asked for."""
+        unreached = f"{type(self).__name__}.compute_loss did not reach SophiaTrainerMixin's"
+        if self._plan.kept is not None:
+            self._turn_to_own_pass(refresh, unreached)
+            return
+        raise RuntimeError(
+            f"{unreached}, so the Hessian can't be refreshed: call super().compute_loss in the"
+            " override and put SophiaTrainerMixin first among the bases, pass the loss as"
+            " compute_loss_func, or ask for a Hessian pass of its own: --optim_args"
+            f" hessian_batch_fraction={DEFAULT_FRACTION}"
+        )
 
     def _estimate_in_own_passes(self, wrapped: torch.nn.Module, refresh: HessianRefresh) -> None:
         """Estimate on a share of the step's micro-batches, after their last backward pass.
@@ -303,7 +316,7 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         """
         # Evaluation comes through here as well, without gradients.
         refresh = self._refresh
-        if refresh is None or refresh.fraction is not None or not torch.is_grad_enabled():
+        if refresh is None or not refresh.wants_graphs or not torch.is_grad_enabled():
             return super().compute_loss(
                 model,
                 inputs,
@@ -329,9 +342,10 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _turn_to_own_pass(self, refresh: HessianRefresh, reason: str) -> None:
-        self._plan = replace(self._plan, fraction=DEFAULT_FRACTION, reason=reason)
+        fraction = self._asked_fraction(self._sophia) or DEFAULT_FRACTION
+        self._plan = replace(self._plan, fraction=fraction, reason=reason, kept=None)
         logger.info("Hessian by %s: %s", self._plan, reason)
-        refresh.start_over(DEFAULT_FRACTION)
+        refresh.start_over(fraction)
 
     def _estimate_on_graph(self, refresh: HessianRefresh, head: HeadOutput) -> None:
         once = False
@@ -347,7 +361,8 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         if once:
             self._turn_to_own_pass(refresh, "the compiled graph can be used only once")
         else:
-            self._make_smaller(refresh, DEFAULT_FRACTION)
+            asked = self._asked_fraction(self._sophia) or DEFAULT_FRACTION
+            self._make_smaller(refresh, min(asked, DEFAULT_FRACTION))
 
     def _fold_in(self, optimizer: Sophia, refresh: HessianRefresh) -> None:
         """Give the optimizer the step's estimate, or leave this refresh out and say why."""

@@ -100,6 +100,25 @@ def test_a_pushed_run_is_all_there(hub, tmp_path, tiny_gpt2, strategy, folders) 
     assert hub.files(REPO)["loss.png"].startswith(b"\x89PNG")
 
 
+def test_a_run_is_pushed_by_xet_too(xet_hub, tmp_path, tiny_gpt2, caplog) -> None:
+    # There the client makes a commit again that was refused once.
+    xet_hub.fail("POST", "/commit/", status=503, times=1)
+    trainer = trainer_of(
+        tmp_path,
+        tiny_gpt2(),
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        hub_token="hf_loopback",
+    )
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+        trainer.push_to_hub()
+    assert "not pushed" not in caplog.text
+    assert folders_of(xet_hub) == {"last-checkpoint"}
+    assert same_weights(GPT2LMHeadModel.from_pretrained(REPO), trainer.model)
+    assert all(b"hf_loopback" not in content for content in xet_hub.files(REPO).values())
+
+
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_a_run_resumes_on_another_machine_from_what_it_has_pushed(
     hub, tmp_path, tiny_gpt2, strategy, caplog

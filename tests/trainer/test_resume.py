@@ -15,10 +15,11 @@ from .runs import Recorder, arguments, dataset, run, sophia_of
     [
         "rho=0.2",
         "rho=0.2,hessian_batch_fraction=0.5",
+        "rho=0.2,hessian_batch_fraction=0.3",
         "rho=0.2,hessian_computation_type=hutchinson",
         "rho=auto,target_clip_fraction=0.2,nesterov=true,bias_correction=true",
     ],
-    ids=["kept", "own", "hutchinson", "auto"],
+    ids=["kept", "kept of one", "own", "hutchinson", "auto"],
 )
 @pytest.mark.parametrize(("saved_at", "refreshed"), [(13, [14, 21]), (10, [11, 21]), (20, [21])])
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(
