@@ -332,6 +332,13 @@ def test_links_and_paths_lead_somewhere(document) -> None:
             assert any(ROOT.glob(span.rstrip("/"))), span
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(document) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", sentences(document), flags=re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert len(set(cells)) == 1, table
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.+)$", sentences(page), flags=re.MULTILINE)
