@@ -1,6 +1,6 @@
 """Compare optimizers on a recipe: the same data, order, initialisation, schedule and budget.
 
-    python recipes/compare_optimizers.py recipes/configs/compare_gpt2_1m.yaml --processes 2
+    python recipes/compare_optimizers.py benchmarks/studies/gpt2_1m_2k.yaml --processes 2
     python recipes/compare_optimizers.py my_study.yaml --output runs/my_study
 
 Each optimizer is tried with every learning rate of its grid, then with its variants at the best of

@@ -97,12 +97,12 @@ class Sophia(BaseOptimizer):
         rho: Clipping threshold of `m / max(h, eps)`; > 0. Larger clips less, so it moves the method
             from sign momentum towards Newton's. `|m|` is noise of order `sqrt(h / B)`, so the right
             value grows like `1 / sqrt(B)`: 0.05 at 480k tokens a step is about 0.7 at 2k.
-        weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
-        defaults: Further defaults of group values.
             `"auto"`: a threshold of its own for each tensor or group that follows the data, so that
             the share `target_clip_fraction` of the coordinates is clipped. It is the quantile of
             `|m| / max(h, eps)` over a fixed sample of coordinates, taken at each refresh and
             averaged with the last in the logarithm.
+        weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
+        defaults: Further defaults of group values.
         k: Steps from one Hessian refresh to the next, >= 1; the same in every group.
         hessian_computation_type: Estimator that `step` runs by itself; the same in every group.
         target_clip_fraction: For `rho="auto"`: the share to clip, in (0, 1).
