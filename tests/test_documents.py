@@ -15,6 +15,8 @@ import inspect
 import re
 import shlex
 import string
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import import_module
@@ -147,6 +149,12 @@ def commands(document: Path) -> Iterator[tuple[str, list[str]]]:
             yield name_of(document), shlex.split(span)
 
 
+def check_hf(words: list[str]) -> None:
+    program = Path(sys.executable).with_name("hf")
+    told = subprocess.run([program, *words, "--help"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
 def check_make(words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE)
@@ -206,6 +214,7 @@ CHECKS = {
     "torchrun": check_launcher,
     "accelerate": check_launcher,
     "hf-sophia": check_hf_sophia,
+    "hf": check_hf,
     "pip": check_pip,
     "git": lambda words: None,
     "cd": lambda words: None,

@@ -448,7 +448,9 @@ class Sophia(BaseOptimizer):
         samples = self.__dict__.setdefault("_samples", {})
         for batch, own in zip(batches, scalars, strict=True):
             if batch in following:
-                follow(batch, own, samples)
+                decay = self.weight_decay
+                l2 = 0.0 if decay.weight_decouple else batch.group["weight_decay"]
+                follow(batch, own, samples, l2)
         calls = [
             (call, rho, own)
             for (_, plan), rho, own in zip(shares, rhos, scalars, strict=True)

@@ -171,7 +171,10 @@ def smoothed(old: torch.Tensor, quantile: torch.Tensor) -> torch.Tensor:
 
 
 def follow(
-    batch: Batch, scalars: StepScalars, samples: MutableMapping[torch.Tensor, CoordinateSample]
+    batch: Batch,
+    scalars: StepScalars,
+    samples: MutableMapping[torch.Tensor, CoordinateSample],
+    l2: float = 0.0,
 ) -> None:
     """Bring the thresholds of a group towards this step's quantiles, in place.
 
@@ -179,6 +182,7 @@ def follow(
         batch: Its parameters with finite gradients; their state has `exp_avg`, `hessian` and `rho`.
         scalars: The options of the step that follows.
         samples: Each parameter's sample, made here where there is none.
+        l2: How much of a parameter the step adds to its gradient: weight decay, not decoupled.
     """
     by_device: dict[torch.device, list[int]] = {}
     for index, param in enumerate(batch.params):
@@ -193,7 +197,7 @@ def follow(
             params,
             [samples[param] for param in params],
             [
-                _sampled_ratios(samples[p], p, s, scalars)
+                _sampled_ratios(samples[p], p, s, scalars, l2)
                 for p, s in zip(params, states, strict=True)
             ],
             batch.group["target_clip_fraction"],
@@ -205,7 +209,11 @@ def follow(
 
 
 def _sampled_ratios(
-    sample: CoordinateSample, param: torch.Tensor, state: State, scalars: StepScalars
+    sample: CoordinateSample,
+    param: torch.Tensor,
+    state: State,
+    scalars: StepScalars,
+    l2: float,
 ) -> torch.Tensor:
     """Return what the step will clip, as `clipping_quantiles` wants it."""
     m, h, g = (
@@ -213,6 +221,8 @@ def _sampled_ratios(
         for tensor in (state["exp_avg"], state["hessian"], placed_like(param.grad, param))
     )
     g = g.to(m.dtype)
+    if l2:
+        g = g.add(sample.take(local(param)).to(m.dtype), alpha=l2)
     m = m.lerp_(g, 1.0 - scalars.beta1)
     if scalars.nesterov:
         m = m.lerp_(g, 1.0 - scalars.beta1)

@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from common.arguments import one_line_errors, parse_arguments
 from common.data import Corpus
 from common.hub import push_data
 from hf_sophia import SophiaTrainerMixin, TrainingCorpus
+from hf_sophia.trainer.checkpoints import last_whole
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def check_length(args: TrainingArguments, argv: Sequence[str]) -> None:
 
 
 def checkpoint_of(args: TrainingArguments) -> str | None:
-    """Return the checkpoint to resume from: a path, for `last` the newest one, or `hub:...`.
+    """Return the checkpoint to resume from: a path, for `last` the newest whole one, or `hub:...`.
 
     Raises:
         FileNotFoundError: It does not exist.
@@ -85,11 +85,12 @@ def checkpoint_of(args: TrainingArguments) -> str | None:
     if wanted is not None and wanted.startswith("hub:"):
         return wanted  # downloaded by the Trainer
     if wanted == "last":
-        exists = Path(args.output_dir).is_dir()
-        newest = get_last_checkpoint(args.output_dir) if exists else None
+        newest = last_whole(Path(args.output_dir))
         if newest is None:
-            raise FileNotFoundError(f"there is no checkpoint in {args.output_dir!r} to resume from")
-        return newest
+            raise FileNotFoundError(
+                f"there is no whole checkpoint in {args.output_dir!r} to resume from"
+            )
+        return str(newest)
     if wanted is not None and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {wanted!r}: no {TRAINER_STATE_NAME}")
     return wanted

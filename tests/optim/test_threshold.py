@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from hf_sophia import Sophia
+from hf_sophia import Sophia, WeightDecay
 from hf_sophia.optim import threshold
 from hf_sophia.optim.threshold import SAMPLE_SIZE, sample_indices, smoothed
 
@@ -54,6 +54,26 @@ def test_each_tensor_clips_the_share_that_was_asked_for(target) -> None:
             # all coordinates is three times the largest deviation over seeds 0 to 9.
             assert clipped_of(optimizer, param) == pytest.approx(target, abs=0.05)
     assert optimizer.clip_fraction().item() == pytest.approx(target, abs=0.05)
+
+
+def test_a_decay_that_is_added_to_the_gradient_is_counted_too() -> None:
+    # Strong enough that the gradient alone would put the threshold elsewhere.
+    decay, generator = WeightDecay(3.0, weight_decouple=False), torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(600, generator=generator) ** 3)]
+    optimizer = Sophia(
+        params,
+        lr=1e-5,
+        betas=(0.0, 0.9),
+        rho="auto",
+        target_clip_fraction=0.2,
+        k=1,
+        weight_decay=decay,
+    )
+    for _ in range(30):
+        params[0].grad = torch.randn(600, generator=generator)
+        optimizer.update_hessian({params[0]: torch.rand(600, generator=generator) + 0.5})
+        optimizer.step()
+    assert optimizer.clip_fraction().item() == pytest.approx(0.2, abs=0.02)
 
 
 @pytest.mark.parametrize("scope", ["tensor", "group"])

@@ -16,6 +16,7 @@ from common.corpus import CorpusArguments, load_corpus
 from common.data import Corpus, hold_out
 from common.evaluation import LanguageModelEvaluation
 from common.plots import plot_losses
+from common.runs import checkpoint_of
 from common.tokenization import END_OF_TEXT, make_blocks, train_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
@@ -389,3 +390,12 @@ def test_the_picture_shows_both_losses(tmp_path) -> None:
     assert pixels.shape[0] > 400
     colours = {tuple(np.round(c * 255).astype(int)) for c in pixels[..., :3].reshape(-1, 3)}
     assert {(0, 114, 178), (213, 94, 0)} <= colours
+
+
+def test_last_is_the_newest_checkpoint_that_is_whole(tmp_path) -> None:
+    for step, content in ((2, "{}"), (4, "{}"), (6, '{"cut off')):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(content)
+    args = TrainingArguments(str(tmp_path), resume_from_checkpoint="last")
+    assert checkpoint_of(args) == str(tmp_path / "checkpoint-4")

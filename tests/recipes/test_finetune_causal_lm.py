@@ -136,7 +136,7 @@ def test_examples_longer_than_the_window_are_named(
         ({"max_target_length": 1}, "max_target_length must be at least 2, got 1"),
         ({"model_name_or_path": "tests"}, "can't load 'tests' with AutoTokenizer"),
         ({"optim_args": "rho=-1"}, "rho must be a finite number > 0, got -1.0"),
-        ({"resume_from_checkpoint": "last"}, "there is no checkpoint in"),
+        ({"resume_from_checkpoint": "last"}, "there is no whole checkpoint in"),
         ({"num_train_epochs": 2}, "set --max_steps -1"),
     ],
 )

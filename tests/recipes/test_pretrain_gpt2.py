@@ -101,7 +101,7 @@ def test_the_next_command_runs_too(text_file, tmp_path, capsys) -> None:
         (["--block_size", "0"], "error: block_size must be at least 2, got 0"),
         (["--optim_args", "rho=-1"], "error: rho must be a finite number > 0, got -1.0"),
         (["--optim", "adam", "--optim_args", "rho=0.1"], "error: optim_args 'rho=0.1"),
-        (["--resume_from_checkpoint", "last"], "error: there is no checkpoint in"),
+        (["--resume_from_checkpoint", "last"], "error: there is no whole checkpoint in"),
         (["--resume_from_checkpoint", "recipes"], "error: there is no checkpoint at 'recipes'"),
         (["--max_steps", "5", "--num_train_epochs", "2"], "set --max_steps -1"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
