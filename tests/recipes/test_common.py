@@ -20,7 +20,7 @@ from common.runs import checkpoint_of
 from common.tokenization import END_OF_TEXT, make_blocks, train_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
-from transformers import EvalPrediction, PreTrainedTokenizerFast
+from transformers import EvalPrediction, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_sophia.metrics import metric_path
 
