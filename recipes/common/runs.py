@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from common.arguments import one_line_errors, parse_arguments
 from common.data import Corpus
-from common.plots import plot_losses
+from hf_sophia.picture import draw
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,15 @@ def carry_out(run: Run) -> dict[str, float]:
     output = Path(trainer.args.output_dir)
     record = {"name": corpus.name, "sha256": corpus.digest, "licence": corpus.licence}
     (output / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    picture = plot_losses(
-        trainer.state.log_history,
-        output / "loss.png",
-        f"{run.title}, {trainer.args.optim.value}, {corpus.name}",
-        run.unit,
-    )
+    title = f"{run.title}, {trainer.args.optim.value}, {corpus.name}"
+    picture = output / "loss.png"
+    try:
+        draw({title: trainer.state.log_history}, unit=run.unit).savefig(picture)
+    except ModuleNotFoundError as error:
+        picture = f"not drawn: {error}"
     print(f"\n{run.headline(metrics)}")
     print(f"model         {trainer.args.output_dir}")
-    print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")
+    print(f"loss curve    {picture}")
     return metrics
 
 
