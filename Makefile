@@ -2,7 +2,7 @@
 # its own cache of prepared text in HF_HOME (~/.cache/huggingface).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= test,test-trl,plots,compare
+EXTRAS ?= test,test-trl,plots,compare,trackers
 # What the floor environment pins; see `make test-floor`.
 FLOOR ?= transformers==5.17.*
 ARGS ?=

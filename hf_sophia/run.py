@@ -21,7 +21,8 @@ from typing import NoReturn
 
 USAGE = "usage: python -m hf_sophia.run SCRIPT [ARGUMENT ...]"
 _COMMANDS = """usage: hf-sophia run SCRIPT [ARGUMENT ...]
-       hf-sophia doctor SCRIPT [ARGUMENT ...]"""
+       hf-sophia doctor SCRIPT [ARGUMENT ...]
+       hf-sophia plot RUN [RUN ...] [--output FILE]"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,13 +64,14 @@ def script_path(script: str) -> str:
 
 
 def command(argv: Sequence[str] | None = None) -> None:
-    """Run the console command `hf-sophia`, whose subcommands are `run` and `doctor`.
+    """Run the console command `hf-sophia`, whose subcommands are `run`, `doctor` and `plot`.
 
     Args:
         argv: The command line without the program's name; None: the process's own.
 
     Raises:
-        SystemExit: The subcommand is missing or unknown, or as `main` and `doctor.main`.
+        SystemExit: The subcommand is missing or unknown, or as `main`, `doctor.main` and
+            `plot.main`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["-h"], ["--help"]):
@@ -79,6 +81,10 @@ def command(argv: Sequence[str] | None = None) -> None:
         from hf_sophia import doctor
 
         return doctor.main(argv[1:])
+    if argv[:1] == ["plot"]:
+        from hf_sophia import plot
+
+        return plot.main(argv[1:])
     if argv[:1] != ["run"]:
         _refuse(f"unknown command {argv[0]!r}" if argv else "a command is missing", _COMMANDS)
     return main(argv[1:])

@@ -24,7 +24,7 @@ from hf_sophia.trainer.hub import (
     reason,
 )
 from hf_sophia.trainer.model_card import PICTURE, citation, compose, optimizer_section, tags
-from hf_sophia.trainer.pictures import draw_losses
+from hf_sophia.trainer.picture import draw, has_points
 from hf_sophia.trainer.pushes import PushRecord, Upload
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,8 @@ class PublishingMixin:
             )
         return super()._finalize_training(*args, **kwargs)
 
-    def draw_losses(self) -> Path | None:
-        """Draw the losses logged so far into the run's folder, as `loss.png`.
+    def draw_run(self) -> Path | None:
+        """Draw what was logged so far into the run's folder, as `loss.png`.
 
         Returns:
             The picture, or None where nothing was logged or matplotlib is not installed.
@@ -229,7 +229,13 @@ class PublishingMixin:
         title = [f"{type(model).__name__}, {size:.1f}M parameters", str(self.args.optim.value)]
         title += [self.corpus.name] if self.corpus else []
         path = Path(self.args.output_dir) / PICTURE
-        return draw_losses(self.state.log_history, path, ", ".join(title), self.loss_unit)
+        if not has_points(self.state.log_history):
+            return None
+        try:
+            draw({", ".join(title): self.state.log_history}, unit=self.loss_unit).savefig(path)
+        except ModuleNotFoundError:
+            return None
+        return path
 
     @functools.wraps(Trainer.create_model_card, assigned=())
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -270,7 +276,7 @@ class PublishingMixin:
         # Without a name here it takes the configuration's for the model's, and asks the Hub.
         summary = TrainingSummary.from_trainer(self, finetuned_from="", **given)
         summary.finetuned_from = base
-        self.draw_losses()
+        self.draw_run()
         card = compose(self, summary, self.corpus, pretrained, self._hessian_facts())
         if before is not None:
             card.data.tags = distinct([*(before.data.tags or ()), *card.data.tags])

@@ -120,7 +120,7 @@ def carry_out(run: Run) -> dict[str, float]:
     output = Path(trainer.args.output_dir)
     record = {"name": corpus.name, "sha256": corpus.digest, "licence": corpus.licence}
     (output / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    picture = trainer.draw_losses()
+    picture = trainer.draw_run()
     print(f"\n{run.headline(metrics)}")
     print(f"model         {trainer.args.output_dir}")
     print(f"loss curve    {picture or 'not drawn: pip install matplotlib'}")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from common.plots import load_pyplot
 from common.study import Trial
 from common.trials import Record
+from hf_sophia.trainer.picture import new_figure
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,11 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
     Returns:
         The path, or None where matplotlib is not installed.
     """
-    if (pyplot := load_pyplot()) is None:
+    try:
+        figure = new_figure(figsize=(7.5, 5.0))
+    except ModuleNotFoundError:
         return None
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 5.0), layout="constrained")
+    axes = figure.subplots()
     for line in sorted(lines, key=lambda line: line.rank):
         curves = [record.evaluations for record in line.records if math.isfinite(record.best)]
         if curves:
@@ -150,6 +151,5 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.savefig(path)
     return path

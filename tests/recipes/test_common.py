@@ -1,4 +1,4 @@
-"""The parts of the recipes: arguments, corpus, tokenizer and blocks, metric, picture."""
+"""The parts of the recipes: arguments, corpus, tokenizer and blocks, metric."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
-import numpy as np
 import pytest
 import torch
 from common import standard_library
@@ -15,7 +14,6 @@ from common.arguments import parse_arguments
 from common.corpus import CorpusArguments, load_corpus
 from common.data import Corpus, hold_out
 from common.evaluation import LanguageModelEvaluation
-from common.plots import plot_losses
 from common.runs import checkpoint_of
 from common.tokenization import END_OF_TEXT, make_blocks, train_tokenizer
 from datasets import Dataset, DatasetDict
@@ -379,17 +377,6 @@ def test_the_metric_module_loads_by_path_and_checks_its_input() -> None:
         metric.compute(nll=[0.0], correct=[0], tokens=[0], bytes=[0])
     with pytest.raises(ValueError, match="unknown metric 'bleu'; known: language_modeling"):
         metric_path("bleu")
-
-
-def test_the_picture_shows_both_losses(tmp_path) -> None:
-    history = [{"step": s, "loss": 5 / s} for s in range(1, 9)] + [{"step": 8, "eval_loss": 0.7}]
-    path = plot_losses(history, tmp_path / "loss.png", "title")
-    from matplotlib.image import imread
-
-    pixels = imread(path)
-    assert pixels.shape[0] > 400
-    colours = {tuple(np.round(c * 255).astype(int)) for c in pixels[..., :3].reshape(-1, 3)}
-    assert {(0, 114, 178), (213, 94, 0)} <= colours
 
 
 def test_last_is_the_newest_checkpoint_that_is_whole(tmp_path) -> None:
