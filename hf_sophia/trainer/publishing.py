@@ -225,8 +225,9 @@ class PublishingMixin:
             The picture, or None where nothing was logged or matplotlib is not installed.
         """
         model = self.accelerator.unwrap_model(self.model)
-        size = sum(param.numel() for param in model.parameters()) / 1e6
-        title = [f"{type(model).__name__}, {size:.1f}M parameters", str(self.args.optim.value)]
+        size = sum(param.numel() for param in model.parameters())
+        count = f"{size / 1e6:.1f}M" if size >= 100_000 else f"{size:,}"
+        title = [f"{type(model).__name__}, {count} parameters", str(self.args.optim.value)]
         title += [self.corpus.name] if self.corpus else []
         path = Path(self.args.output_dir) / PICTURE
         if not has_points(self.state.log_history):
