@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-import httpx2
 import huggingface_hub.errors as errors
 import pytest
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from .server import LoopbackHub
+
+httpx2 = pytest.importorskip("httpx2")
 
 NAME = "user/model"
 LARGE = "model.safetensors"
