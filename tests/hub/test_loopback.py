@@ -236,7 +236,7 @@ print(len(open(hf_hub_download({NAME!r}, "a.bin")).read()))
     assert Path(hf_hub_download(NAME, "a.bin")).read_bytes() == b"1" * 1000
 
 
-def test_afterwards_the_client_is_as_before(tmp_path) -> None:
+def test_afterwards_the_client_is_as_before(client_that_can_be_led_here, tmp_path) -> None:
     def state():
         own = datasets.config.HF_ENDPOINT, datasets.config.HF_HUB_OFFLINE, HfApi().endpoint
         return *own, hf_api(), dict(vars(constants)), dict(os.environ)
