@@ -27,7 +27,7 @@ from common.models import (
     make_gpt2,
 )
 from common.pairs import PairArguments, load_pairs
-from common.runs import Run, carry_out, language_model_headline, start
+from common.runs import Run, carry_out, language_model_headline, ready, start
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
-    return carry_out(prepare(argv))
+    return carry_out(ready(prepare, argv))
 
 
 def prepare(argv: Sequence[str] | None = None) -> Run:

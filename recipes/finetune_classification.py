@@ -29,7 +29,7 @@ from common.models import (
     load_tokenizer,
     vocabulary,
 )
-from common.runs import Run, carry_out, start
+from common.runs import Run, carry_out, ready, start
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
-    return carry_out(prepare(argv))
+    return carry_out(ready(prepare, argv))
 
 
 def prepare(argv: Sequence[str] | None = None) -> Run:

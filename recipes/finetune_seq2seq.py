@@ -25,7 +25,7 @@ from common.models import (
     vocabulary,
 )
 from common.pairs import PairArguments, load_pairs
-from common.runs import Run, carry_out, start
+from common.runs import Run, carry_out, ready, start
 from common.tokenization import END_OF_TEXT
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
-    return carry_out(prepare(argv))
+    return carry_out(ready(prepare, argv))
 
 
 def prepare(argv: Sequence[str] | None = None) -> Run:

@@ -19,7 +19,7 @@ from common.arguments import one_line_errors, without_secrets
 from common.corpus import CorpusArguments, load_corpus
 from common.evaluation import LanguageModelEvaluation
 from common.models import ShapeArguments, make_gpt2
-from common.runs import Run, carry_out, language_model_headline, start
+from common.runs import Run, carry_out, language_model_headline, ready, start
 from common.tokenization import make_blocks, train_tokenizer
 from transformers import AutoTokenizer, TrainingArguments, default_data_collator
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Returns:
         The evaluation's metrics.
     """
-    run = prepare(argv)
+    run = ready(prepare, argv)
     metrics = carry_out(run)
     command = next_command(run.trainer.args, sys.argv[1:] if argv is None else argv)
     print(f"try next      {command}")
@@ -108,7 +108,7 @@ def prepare(argv: Sequence[str] | None = None) -> Run:
         scale_attn_by_inverse_layer_idx=model_args.scale_attn_by_inverse_layer_idx,
     )
     amount = "a stream of blocks" if corpus_args.streaming else f"{len(train):,} blocks"
-    which = "streamed" if corpus_args.streaming else f"sha256 {corpus.digest[:12]}"
+    which = "streamed" if corpus_args.streaming else f"{corpus.digest_kind} {corpus.digest[:12]}"
     print(
         f"{corpus.name} ({which}): {amount} of {model_args.block_size} tokens to train on,"
         f" {len(validation):,} to evaluate on; GPT-2 with {model.num_parameters():,} parameters"

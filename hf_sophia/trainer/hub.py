@@ -4,16 +4,20 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
 
 #: What stands before a repository's name where a checkpoint on the Hub is meant.
 HUB_PREFIX = "hub:"
@@ -25,8 +29,11 @@ HUB_ERRORS = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
 #: What the Trainer leaves out when it pushes its output folder.
 _LEFT_OUT = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
-#: The state of the checkpoint that hub_strategy="checkpoint" overwrites again and again.
-_LAST = f"last-checkpoint/{TRAINER_STATE_NAME}"
+#: Where hub_strategy="checkpoint" pushes, again and again.
+LAST_CHECKPOINT = "last-checkpoint"
+
+#: Loggers that name the addresses of requests.
+_LOGGERS = (_http.logger, logging.getLogger("httpx"), logging.getLogger("httpx2"))
 
 
 class Secret(str):
@@ -42,73 +49,133 @@ class Secret(str):
         """Be None in a pickle."""
         return type(None), ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Secret":
+    def __copy__(self) -> "Secret":
         """Stay what it is: a copy in this process is not an output."""
         return self
 
-    __copy__ = None
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Secret":
+        """Stay what it is."""
+        return self
 
     def __repr__(self) -> str:
         """Show that there is one."""
         return "'<hub_token>'"
 
 
-def _without_queries(record: logging.LogRecord) -> bool:
-    """Take the key out of addresses that files are sent to, which the client logs at errors."""
-    record.msg = re.sub(r"\?[^\s'\"]+", "", str(record.msg))
-    return True
+class _Limit:
+    """The time limit of the process's client, in force as long as anyone holds it.
+
+    A client has no limit by itself. It is made anew after errors, so that the limit has to be in
+    its factory; `set_client_factory` would close the present one, which may be in use.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+
+    def hold(self, seconds: float) -> Callable[[], None]:
+        """Put the limit in force; the first holder's counts. Returns what lets go of it."""
+        with self._lock:
+            self._holders += 1
+            if self._holders == 1:
+                self._begin(seconds)
+        return self._let_go
+
+    def _begin(self, seconds: float) -> None:
+        self._theirs = theirs = _http._GLOBAL_CLIENT_FACTORY
+
+        def limit(client: Any) -> Any:
+            # A factory of the user's own may have set limits already.
+            if client.timeout.read is None:
+                client.timeout = seconds
+            return client
+
+        client = huggingface_hub.get_session()
+        self._before = client.timeout
+        limit(client)
+        self._ours = _http._GLOBAL_CLIENT_FACTORY = lambda: limit(theirs())
+        for logger in _LOGGERS:
+            logger.addFilter(_without_queries)
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders:
+                return
+            for logger in _LOGGERS:
+                logger.removeFilter(_without_queries)
+            if _http._GLOBAL_CLIENT_FACTORY is not self._ours:
+                return  # the user has set one meanwhile
+            _http._GLOBAL_CLIENT_FACTORY = self._theirs
+            huggingface_hub.get_session().timeout = self._before
+
+
+_LIMIT = _Limit()
 
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
     """Let the Hub's client give up where nothing comes for so long; by itself it waits for ever.
 
-    A client that has time limits already, from a factory of the user's own, keeps them.
-
     Args:
         seconds: Without an answer, or a byte of it; the client tries again a few times.
     """
-    factory = _http._GLOBAL_CLIENT_FACTORY
-    if getattr(factory, "bounded", False):
-        yield
-        return
-
-    def make() -> Any:
-        client = factory()
-        if client.timeout.read is None:
-            client.timeout = seconds
-        return client
-
-    make.bounded = True
-    # The client is made anew after errors, so that the limit has to be in the factory too;
-    # set_client_factory would close the present one, which may be in use.
-    client = huggingface_hub.get_session()
-    before = client.timeout
-    if before.read is None:
-        client.timeout = seconds
-    _http._GLOBAL_CLIENT_FACTORY = make
-    _http.logger.addFilter(_without_queries)
+    let_go = hold_limit(seconds)
     try:
         yield
     finally:
-        _http.logger.removeFilter(_without_queries)
-        _http._GLOBAL_CLIENT_FACTORY = factory
-        huggingface_hub.get_session().timeout = before
+        let_go()
+
+
+def hold_limit(seconds: float) -> Callable[[], None]:
+    """Do the same until what is returned is called, for jobs in the background.
+
+    Args:
+        seconds: As for `bounded`.
+    """
+    return _LIMIT.hold(seconds)
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    """Take the key out of addresses that files are sent to."""
+    record.msg, record.args = _cut_queries(record.getMessage()), ()
+    return True
+
+
+def _cut_queries(text: str) -> str:
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
 
 
 def reason(error: BaseException) -> str:
-    """Say in a line why the Hub did not do something, without addresses that may hold a key.
+    """Say in a line why the Hub did not do something, without keys that addresses may hold.
 
     Args:
         error: What the client raised.
     """
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__  # the client's own says which file it was, but not why
+    error = _root(error)
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         said = error.server_message or error.response.reason_phrase
         return f"{type(error).__name__}: HTTP {error.response.status_code}, {said}"
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {_cut_queries(text[0])}" if text else type(error).__name__
+
+
+def cause(error: BaseException) -> str:
+    """Return what to know a reason by again, whatever numbers and names are in its text.
+
+    Args:
+        error: What the client raised.
+    """
+    error = _root(error)
+    response = getattr(error, "response", None)
+    return f"{type(error).__name__} {response.status_code if response is not None else ''}"
+
+
+def _root(error: BaseException) -> BaseException:
+    # The client's own outer errors say which file it was, but not why.
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
 
 
 def push_command(
@@ -122,7 +189,7 @@ def push_command(
         place: Where in the repository.
         revision: The branch, where it is not the default.
     """
-    command = ["hf", "upload", repo, str(folder), place]
+    command = ["hf", "upload", repo, str(Path(folder).absolute()), place]
     if place == ".":
         command += [piece for pattern in _LEFT_OUT for piece in ("--exclude", pattern)]
     if revision is not None:
@@ -130,19 +197,44 @@ def push_command(
     return shlex.join(command)
 
 
-def licence_of(repo: str, token: str | None) -> str | None:
-    """Return a model's licence, or None where it has none.
+def licence_of(repo: str, token: str | None, kind: str = "model") -> str | None:
+    """Return the licence of a model or data set, or None where it names none.
 
     Args:
         repo: The repository.
         token: To read a private one; None: the one that is logged in.
+        kind: `"model"` or `"dataset"`.
     """
-    card = huggingface_hub.model_info(repo, token=token).card_data
-    return None if card is None else card.license
+    card = HfApi(token=token).repo_info(repo, repo_type=kind).card_data
+    if card is None:
+        return None
+    return card.get("license_name") or card.get("license")
+
+
+def remove_others(
+    repo: str, folder: Path, place: str, token: str | None, revision: str | None
+) -> None:
+    """Remove what a folder of the Hub has besides the files of a local one.
+
+    Args:
+        repo: The repository.
+        folder: The local folder, which was uploaded.
+        place: Where to.
+        token: To write with; None: the one that is logged in.
+        revision: The branch, or None for the default.
+    """
+    api = HfApi(token=token)
+    own = {f"{place}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*")}
+    there = api.list_repo_files(repo, revision=revision)
+    old = [name for name in there if name.startswith(f"{place}/") and name not in own]
+    if old:
+        operations = [CommitOperationDelete(path_in_repo=name) for name in old]
+        message = f"Remove files of another run from {place}"
+        api.create_commit(repo, operations, commit_message=message, revision=revision)
 
 
 def download_checkpoint(asked: str, token: str | None) -> Path:
-    """Download the newest checkpoint of a repository.
+    """Download the checkpoint that was pushed to a repository last.
 
     Args:
         asked: `hub:user/name`, or `hub:user/name@revision`.
@@ -152,36 +244,41 @@ def download_checkpoint(asked: str, token: str | None) -> Path:
         Its folder in the Hub's cache.
 
     Raises:
-        ValueError: There is no such repository or revision, or no checkpoint in it.
+        ValueError: There is no such repository or revision, or no whole checkpoint in it.
     """
     repo, _, revision = asked.removeprefix(HUB_PREFIX).partition("@")
+    api = HfApi(token=token)
     try:
-        files = huggingface_hub.list_repo_files(repo, revision=revision or None, token=token)
-    except HUB_ERRORS as error:
-        raise ValueError(f"{asked!r} can't be resumed from: {reason(error)}") from error
-    numbered = {name: step for name in files if (step := _step_of(name)) is not None}
-    states = [max(numbered, key=numbered.__getitem__)] if numbered else []
-    states += [_LAST] if _LAST in files else []
-    if not states:
-        raise ValueError(
-            f"{asked!r} holds no checkpoint: runs push them with --hub_strategy checkpoint or"
-            " all_checkpoints"
+        # One commit for all that follows, whatever is pushed meanwhile.
+        commit = api.repo_info(repo, revision=revision or None).sha
+        names = [name for name in api.list_repo_files(repo, revision=commit) if _is_state(name)]
+        newest = max(
+            names, key=lambda name: _age(api, repo, name, commit), default=f"/{TRAINER_STATE_NAME}"
         )
-
-    def steps_done(name: str) -> int:
-        path = huggingface_hub.hf_hub_download(repo, name, revision=revision or None, token=token)
-        return json.loads(Path(path).read_text(encoding="utf-8"))["global_step"]
-
-    newest = Path(max(states, key=steps_done)).parent
-    snapshot = huggingface_hub.snapshot_download(
-        repo, revision=revision or None, token=token, allow_patterns=f"{newest}/*"
+        if names:
+            folder = Path(newest).parent
+            patterns = f"{folder}/*"
+            found = Path(api.snapshot_download(repo, revision=commit, allow_patterns=patterns))
+            logger.info("resuming from %s: %s, downloaded to %s", asked, folder, found / folder)
+            return found / folder
+    except (*HUB_ERRORS, KeyError, TypeError) as error:
+        raise ValueError(f"{asked!r} can't be resumed from: {reason(error)}") from None
+    raise ValueError(
+        f"{asked!r} holds no checkpoint: runs push them with --hub_strategy checkpoint or"
+        " all_checkpoints"
     )
-    return Path(snapshot) / newest
 
 
-def _step_of(name: str) -> int | None:
-    """Return the number of a checkpoint whose state is of this name, None for other files."""
+def _is_state(name: str) -> bool:
     folder, _, file = name.partition("/")
     prefix, _, step = folder.partition("-")
-    whole = file == TRAINER_STATE_NAME and prefix == PREFIX_CHECKPOINT_DIR and step.isdigit()
-    return int(step) if whole else None
+    numbered = prefix == PREFIX_CHECKPOINT_DIR and step.isdigit()
+    return file == TRAINER_STATE_NAME and (numbered or folder == LAST_CHECKPOINT)
+
+
+def _age(api: HfApi, repo: str, name: str, commit: str) -> tuple[Any, int]:
+    """Return what orders checkpoints: when they were pushed, then how far they are."""
+    (about,) = api.get_paths_info(repo, [name], revision=commit, expand=True)
+    pushed = about.last_commit.date
+    path = api.hf_hub_download(repo, name, revision=commit)
+    return pushed, int(json.loads(Path(path).read_text(encoding="utf-8"))["global_step"])

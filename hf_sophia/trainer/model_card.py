@@ -1,5 +1,6 @@
 """The model card of a run: what really trained the model, on what, and what came of it."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from transformers.training_args import ParallelMode
 
 from hf_sophia.optim import Sophia
 from hf_sophia.trainer.card_facts import (
+    RunFacts,
     TrainingCorpus,
     describe_optimizer,
     distinct,
@@ -44,40 +46,31 @@ _PACKAGE = """\
 }}"""
 
 
-def compose(
-    trainer: transformers.Trainer,
-    summary: TrainingSummary,
-    corpus: TrainingCorpus | None,
-    pretrained: bool,
-    hessian: Mapping[str, Any],
-) -> ModelCard:
+def compose(trainer: transformers.Trainer, summary: TrainingSummary, facts: RunFacts) -> ModelCard:
     """Write the card.
 
     Args:
         trainer: The Trainer, during or after the training.
-        summary: What transformers gathered; names, tasks, data sets and licence are taken from it.
-        corpus: What the model was trained on, where that is known.
-        pretrained: Whether weights were loaded before the training.
-        hessian: What to say of Sophia's Hessian, by name; empty with other optimizers.
+        summary: What transformers gathered: names, tasks, data sets, licence, hyperparameters.
+        facts: What the Trainer itself does not keep.
 
     Returns:
         The card, not saved.
     """
-    base = summary.finetuned_from if pretrained else None
-    step, metrics = evaluation_of(trainer)
-    data = _metadata(trainer, summary, corpus, base, metrics)
+    step, metrics = evaluation_of(trainer, facts.loaded_best)
+    data = _metadata(trainer, summary, facts, metrics)
     parts = [
         f"# {summary.model_name}",
-        _origin(trainer, pretrained, base),
+        _origin(trainer, facts),
         _results(step, metrics),
-        f"![Loss over optimizer steps]({PICTURE})"
+        f"![What was logged, over optimizer steps]({PICTURE})"
         if (Path(trainer.args.output_dir) / PICTURE).is_file()
         else "",
         "## Data",
-        _data(corpus, summary),
-        optimizer_section(trainer, hessian),
+        _data(facts.corpus, summary),
+        optimizer_section(trainer, facts.hessian),
         "## Training",
-        _table(("setting", "value"), _settings(trainer, summary).items()),
+        _table(("setting", "value"), _settings(trainer, summary, facts.schedule).items()),
         _history(trainer),
         "## Software",
         _table(("package", "version"), _versions().items()),
@@ -93,16 +86,11 @@ def optimizer_section(trainer: transformers.Trainer, hessian: Mapping[str, Any])
 
     Args:
         trainer: The Trainer.
-        hessian: As in `compose`.
+        hessian: What to say of Sophia's Hessian, by name.
     """
-    name, options = describe_optimizer(trainer.optimizer)
-    rows = {"learning_rate (largest)": trainer.args.learning_rate} if options else {}
-    rows |= options | dict(hessian)
-    return "\n\n".join(
-        part
-        for part in ("## Optimizer", f"{name}.", _table(("option", "value"), rows.items()))
-        if part
-    )
+    name, options = describe_optimizer(trainer.optimizer, trainer.state.global_step > 0)
+    table = _table(("option", "value"), (options | dict(hessian)).items()) if options else ""
+    return "\n\n".join(part for part in ("## Optimizer", f"{name}.", table) if part)
 
 
 def citation() -> str:
@@ -114,34 +102,33 @@ def citation() -> str:
 def _metadata(
     trainer: transformers.Trainer,
     summary: TrainingSummary,
-    corpus: TrainingCorpus | None,
-    base: str | None,
+    facts: RunFacts,
     metrics: Mapping[str, float],
 ) -> ModelCardData:
-    tasks = [summary.tasks] if isinstance(summary.tasks, str) else list(summary.tasks or ())
-    sets = [summary.dataset_tags] if isinstance(summary.dataset_tags, str) else summary.dataset_tags
-    hub_ids = [name for name in (corpus.hub_id if corpus else None, *(sets or ())) if name]
-    given = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or ())
-    name = corpus.name if corpus else next(filter(None, given), "unspecified")
-    kind = hub_ids[0] if hub_ids else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    corpus = facts.corpus
+    tasks = _listed(summary.tasks)
+    hub_ids = [name for name in (corpus and corpus.hub_id, *_listed(summary.dataset_tags)) if name]
+    name = corpus.name if corpus else next(iter(_listed(summary.dataset)), "unspecified")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unspecified"
     results = [
         EvalResult(
             task_type=tasks[0],
-            dataset_type=kind,
+            dataset_type=hub_ids[0] if hub_ids else slug,
             dataset_name=name,
             metric_type=metric.removeprefix("eval_"),
             metric_name=metric.removeprefix("eval_").replace("_", " "),
             metric_value=value,
         )
         for metric, value in metrics.items()
-        if tasks
+        # What JSON has no number for would make the card invalid.
+        if tasks and math.isfinite(value)
     ]
     options: dict[str, Any] = {
         "library_name": "transformers",
         "language": summary.language,
         "license": summary.license,
-        "base_model": base or None,
-        "tags": _tags(trainer, summary.tags),
+        "base_model": facts.base,
+        "tags": distinct([*_listed(summary.tags), *tags(trainer)]),
         "pipeline_tag": tasks[0] if len(tasks) == 1 else None,
         "datasets": distinct(hub_ids) or None,
         "metrics": sorted({result.metric_type for result in results}) or None,
@@ -151,9 +138,8 @@ def _metadata(
     return ModelCardData(**{name: value for name, value in options.items() if value is not None})
 
 
-def _tags(trainer: transformers.Trainer, given: str | list[str] | None) -> list[str]:
-    given = [given] if isinstance(given, str) else list(given or ())
-    return distinct([*given, *tags(trainer)])
+def _listed(given: str | list[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else [name for name in given or () if name]
 
 
 def tags(trainer: transformers.Trainer) -> list[str]:
@@ -162,22 +148,25 @@ def tags(trainer: transformers.Trainer) -> list[str]:
     Args:
         trainer: The Trainer.
     """
-    return [*(["sophia"] if isinstance(unwrapped(trainer.optimizer), Sophia) else []), *TAGS]
+    ran = trainer.state.global_step > 0 and isinstance(unwrapped(trainer.optimizer), Sophia)
+    return [*(["sophia"] if ran else []), *TAGS]
 
 
-def _origin(trainer: transformers.Trainer, pretrained: bool, base: str | None) -> str:
-    kind = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
-    if not pretrained:
-        origin = "trained from scratch: its weights were random at the start"
-    elif base:
-        origin = f"[{base}](https://huggingface.co/{base}), trained further"
-    else:
+def _origin(trainer: transformers.Trainer, facts: RunFacts) -> str:
+    if facts.base:
+        origin = f"[{facts.base}](https://huggingface.co/{facts.base}), trained further"
+    elif facts.pretrained:
         origin = "trained further from local weights"
+    else:
+        # A script may have copied weights into it, which leaves no trace.
+        origin = "trained from scratch: no weights were loaded by `from_pretrained`"
     done, planned = trainer.state.global_step, trainer.state.max_steps
     length = f"It took {done:,} optimizer steps." if done else ""
-    if 0 < done < planned:
+    if done and trainer.is_in_train and done < planned:
         length = f"It has taken {done:,} of {planned:,} planned optimizer steps."
-    return f"A {kind}, {origin}. {length}".strip()
+    if facts.earlier_steps:
+        length += f" Before these it had taken {facts.earlier_steps:,} in another training."
+    return f"A {facts.class_name}, {origin}. {length}".strip()
 
 
 def _results(step: int | None, metrics: Mapping[str, float]) -> str:
@@ -192,26 +181,34 @@ def _data(corpus: TrainingCorpus | None, summary: TrainingSummary) -> str:
         where = f"https://huggingface.co/datasets/{corpus.hub_id}" if corpus.hub_id else None
         rows = {
             "name": f"[{corpus.name}]({where})" if where else corpus.name,
-            "content": f"sha256 `{corpus.sha256}`" if corpus.sha256 else None,
+            "content": corpus.content,
             "licence": corpus.licence or "not known",
         }
         return _table(("corpus", ""), [(n, v) for n, v in rows.items() if v])
-    given = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or ())
-    names = ", ".join(name for name in given if name)
-    return names or "The script that trained this model did not say what the data are."
+    return (
+        ", ".join(_listed(summary.dataset))
+        or "The script that trained this model did not say what the data are."
+    )
 
 
-def _settings(trainer: transformers.Trainer, summary: TrainingSummary) -> dict[str, Any]:
+def _settings(
+    trainer: transformers.Trainer, summary: TrainingSummary, schedule: str | None
+) -> dict[str, Any]:
     args = trainer.args
-    rows = {k: v for k, v in (summary.hyperparameters or {}).items() if k != "optimizer"}
-    rows |= {"max_grad_norm": args.max_grad_norm}
-    if args.lr_scheduler_kwargs:
+    rows = dict(summary.hyperparameters or {})
+    for name in ("optimizer", "learning_rate"):  # stand above, as they were
+        rows.pop(name, None)
+    asked = schedule == args.lr_scheduler_type.value
+    if not asked:
+        rows.pop("lr_scheduler_warmup_steps", None)
+    rows["lr_scheduler_type"] = schedule or "none was made"
+    rows["max_grad_norm"] = args.max_grad_norm
+    if args.lr_scheduler_kwargs and asked:
         rows["lr_scheduler_kwargs"] = args.lr_scheduler_kwargs
     if args.bf16:
         rows["mixed_precision_training"] = "bf16"
     if args.parallel_mode == ParallelMode.DISTRIBUTED:
         rows["distributed_type"] = str(trainer.accelerator.distributed_type.value)
-    rows.pop("learning_rate", None)  # stands with the optimizer
     return rows
 
 
@@ -244,13 +241,17 @@ def _versions() -> dict[str, str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:,.6g}"
+    return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:,.4g}"
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    lines = [
-        tuple(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows
-    ]
+    lines = [_cells(row) for row in rows]
     if not lines:
         return ""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *lines))
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in (_cells(header), ["---"] * len(header), *lines)
+    )
+
+
+def _cells(row: Iterable[Any]) -> list[str]:
+    return [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]

@@ -1,12 +1,12 @@
 """What a run has pushed to the Hub, what not, and why: a record, and its account at the end."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_sophia.trainer.hub import push_command, reason
+from hf_sophia.trainer.hub import cause, push_command, reason
 
 
 @dataclass
@@ -47,25 +47,27 @@ class PushRecord:
     _causes: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, upload: Upload) -> None:
+    def add(self, upload: Upload, then: Iterable[Callable[[], None]] = ()) -> None:
         """Watch an upload.
 
         Args:
             upload: It; its job may have ended already.
+            then: What to do when it has ended, whether it arrived or not.
         """
         self.uploads.append(upload)
         upload.job.add_done_callback(lambda job: self._ended(upload, job))
+        for do in then:
+            upload.job.add_done_callback(lambda job, do=do: do())
 
     def _ended(self, upload: Upload, job: Future) -> None:
         error = CancelledError() if job.cancelled() else job.exception()
         if error is None:
             return
-        cause = reason(error)
-        self.failures[job] = cause
+        self.failures[job] = reason(error)
         self.warn_once(
-            f"{upload} was not pushed to the Hub: {cause}. Training goes on and nothing local is"
-            " lost; other pushes that fail for this reason are told of at the end",
-            cause,
+            f"{upload} was not pushed to the Hub: {reason(error)}. Training goes on and nothing"
+            " local is lost; other pushes that fail alike are told of at the end",
+            cause(error),
         )
 
     def warn_once(self, message: str, cause: str | None = None) -> None:
@@ -94,22 +96,27 @@ class PushRecord:
             if not upload.job.done() and upload.folder.resolve() in folders
         ]
 
+    @property
+    def last_save_was_skipped(self) -> bool:
+        """Whether a save came after the last upload began, and was not pushed."""
+        return bool(self.skipped) and self.skipped[-1] > max(
+            (upload.step for upload in self.uploads), default=-1
+        )
+
     def account(self, repo: str, revision: str | None) -> tuple[str, bool]:
-        """Say what is on the Hub and what is not, when all uploads have ended.
+        """Say what is on the Hub and what is not.
 
         Args:
             repo: The repository.
             revision: The branch, or None for the default.
 
         Returns:
-            The message, and whether the last upload of each place arrived.
+            The message, and whether the last save is there.
         """
-        pushed, failed = [], []
-        last: dict[str, Upload] = {upload.place: upload for upload in self.uploads}
-        for place, upload in last.items():
-            if upload.job in self.failures:
-                failed.append(upload)
-            there = [u for u in self.uploads if u.place == place and u.job not in self.failures]
+        last = {upload.place: upload for upload in self.uploads}
+        pushed = []
+        for place in last:
+            there = [u for u in self.uploads if u.place == place and self._arrived(u)]
             if there:
                 where = "" if place == "." else f" as {place}"
                 pushed.append(f"{there[-1]}{where}")
@@ -120,10 +127,18 @@ class PushRecord:
                 f"left out, as the upload before was still running: step {steps}"
                 " (--hub_always_push waits instead)"
             )
-        for upload in failed:
-            lines.append(f"not pushed: {upload} ({self.failures[upload.job]})")
+        missing = [upload for upload in last.values() if not self._arrived(upload)]
+        for upload in missing:
+            why = self.failures.get(upload.job, "still being uploaded")
+            lines.append(f"not pushed: {upload} ({why})")
             if upload.folder.is_dir():
                 lines.append(f"  {push_command(repo, upload.folder, upload.place, revision)}")
             else:
                 lines.append(f"  {upload.folder} has been removed since (save_total_limit)")
-        return "\n".join(lines), not failed
+        if self.last_save_was_skipped:
+            lines.append(f"not pushed: what was saved at step {self.skipped[-1]}")
+            lines.append("  trainer.push_to_hub() pushes the model as it is")
+        return "\n".join(lines), not missing and not self.last_save_was_skipped
+
+    def _arrived(self, upload: Upload) -> bool:
+        return upload.job.done() and upload.job not in self.failures

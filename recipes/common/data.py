@@ -71,7 +71,8 @@ class Corpus:
     Args:
         documents: Splits `train` and perhaps `validation`; both where they are streams.
         name: What to call it.
-        digest: A hash of the content, to tell one corpus from another.
+        digest: Of the content, to tell one corpus from another.
+        digest_kind: What the digest is: `sha256`, a `fingerprint` or a `version`.
         licence: The text's licence, where it is known.
         hub_id: Its name on the Hub, where it came from there.
         publish_as: The data set of the Hub that it is to be pushed to.
@@ -81,8 +82,14 @@ class Corpus:
     name: str
     digest: str
     licence: str | None = None
+    digest_kind: str = "sha256"
     hub_id: str | None = None
     publish_as: str | None = None
+
+    @property
+    def content(self) -> str:
+        """What its content is known by."""
+        return f"{self.digest_kind} {self.digest}"
 
     @property
     def title(self) -> str:
@@ -145,9 +152,10 @@ def load_data(
         rows = load_dataset(name, arguments.dataset_config_name, streaming=streaming)
         if streaming:
             # What has not been read has no fingerprint; the builder's version is what is known.
-            digest = f"streamed, version {rows['train'].info.version}" if "train" in rows else ""
+            digest, kind = str(rows["train"].info.version) if "train" in rows else "", "version"
         else:
             digest = "-".join(split._fingerprint for split in rows.values())
+            kind = "fingerprint"
     else:
         if arguments.train_file:
             files = {"train": Path(arguments.train_file)}
@@ -158,7 +166,7 @@ def load_data(
             files = embedded(Path(arguments.corpus_dir))
             name, licence = "Python standard library", LICENCE
         rows = _load_files(files, streaming)
-        digest = _hash_files(files)
+        digest, kind = _hash_files(files), "sha256"
     if "train" not in rows:
         raise ValueError(f"{name} has no split 'train', only {sorted(rows)}")
     kept = {
@@ -168,11 +176,11 @@ def load_data(
     }
     if not streaming:
         published = arguments.hub_dataset_id
-        return Corpus(DatasetDict(kept), name, digest, licence, hub_id, published)
+        return Corpus(DatasetDict(kept), name, digest, licence, kind, hub_id, published)
     if "validation" not in kept:
         rest = kept["train"].skip(streamed_validation)
         kept = {"train": rest, "validation": kept["train"].take(streamed_validation)}
-    return Corpus(IterableDatasetDict(kept), name, digest, licence, hub_id)
+    return Corpus(IterableDatasetDict(kept), name, digest, licence, kind, hub_id)
 
 
 def hold_out(corpus: Corpus, percent: float, seed: int) -> Corpus:
@@ -225,11 +233,14 @@ def _load_files(files: dict[str, Path], streaming: bool) -> DatasetDict | Iterab
 
 
 def _hash_files(files: dict[str, Path]) -> str:
-    digest = sha256()
+    """Return a file's sha256; of several, that of their digests one after the other."""
+    digests = []
     for path in files.values():
         with path.open("rb") as file:
-            digest.update(file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            digests.append(file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def _select(

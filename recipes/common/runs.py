@@ -13,9 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from common.arguments import one_line_errors, parse_arguments
 from common.data import Corpus
-from common.hub import push_data
-from hf_sophia import SophiaTrainerMixin, TrainingCorpus
+from common.hub import licence_on_the_hub, push_data
+from hf_sophia import HubPushError, SophiaTrainerMixin, TrainingCorpus
 from hf_sophia.trainer.checkpoints import last_whole
+from hf_sophia.trainer.hub import HUB_PREFIX, bounded, download_checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,22 @@ def start(types: Sequence[type], argv: Sequence[str] | None, config: Path) -> tu
         return *parsed, checkpoint_of(args)
 
 
+def ready(prepare: Callable[[Sequence[str] | None], Run], argv: Sequence[str] | None) -> Run:
+    """Prepare a run; a repository that it can't push to ends the program in one line.
+
+    Args:
+        prepare: The recipe's own.
+        argv: The command line without the program's name; None: the process's own.
+
+    Raises:
+        SystemExit: The Hub refuses, or can't be reached.
+    """
+    try:
+        return prepare(argv)
+    except HubPushError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 def check_length(args: TrainingArguments, argv: Sequence[str]) -> None:
     """Refuse epochs that max_steps would silently overrule.
 
@@ -80,10 +97,13 @@ def checkpoint_of(args: TrainingArguments) -> str | None:
 
     Raises:
         FileNotFoundError: It does not exist.
+        ValueError: It is not on the Hub.
     """
     wanted = args.resume_from_checkpoint or None
-    if wanted is not None and wanted.startswith("hub:"):
-        return wanted  # downloaded by the Trainer
+    if wanted is not None and wanted.startswith(HUB_PREFIX):
+        # Here and not by the Trainer, so that what is not there is known before data are prepared.
+        with args.main_process_first(), bounded(SophiaTrainerMixin.hub_timeout):
+            return str(download_checkpoint(wanted, args.hub_token))
     if wanted == "last":
         newest = last_whole(Path(args.output_dir))
         if newest is None:
@@ -109,7 +129,8 @@ def carry_out(run: Run) -> dict[str, float]:
         SystemExit: The optimizer's options are wrong.
     """
     trainer, corpus = run.trainer, run.corpus
-    trainer.corpus = TrainingCorpus(corpus.title, corpus.digest, corpus.licence, corpus.hub_id)
+    licence = corpus.licence or licence_on_the_hub(corpus, trainer.args)
+    trainer.corpus = TrainingCorpus(corpus.title, corpus.content, licence, corpus.hub_id)
     trainer.loss_unit = run.unit
     with one_line_errors():
         trainer.create_optimizer()  # its options are checked here
@@ -118,7 +139,11 @@ def carry_out(run: Run) -> dict[str, float]:
     trainer.save_model(_internal_call=True)  # pushing comes last, with all that belongs to it
     trainer.save_state()
     output = Path(trainer.args.output_dir)
-    record = {"name": corpus.name, "sha256": corpus.digest, "licence": corpus.licence}
+    record = {
+        "name": corpus.title,
+        corpus.digest_kind: corpus.digest,
+        "licence": licence,
+    }
     (output / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     picture = trainer.draw_run()
     print(f"\n{run.headline(metrics)}")
@@ -138,11 +163,19 @@ def publish(run: Run) -> None:
         SystemExit: The Hub did not take them; the message says how to push them by hand.
     """
     trainer, corpus = run.trainer, run.corpus
-    with one_line_errors():
-        if trainer.args.push_to_hub:
+    faults = []
+    if trainer.args.push_to_hub:
+        try:
             trainer.push_to_hub()
-        if corpus.publish_as and trainer.is_world_process_zero():
+        except HubPushError as error:
+            faults.append(str(error))
+    if corpus.publish_as and trainer.is_world_process_zero():
+        try:
             print(f"data set      {push_data(corpus, trainer.args)}")
+        except HubPushError as error:
+            faults.append(str(error))
+    if faults:
+        raise SystemExit("error: " + "\nerror: ".join(faults))
 
 
 def language_model_headline(metrics: dict[str, float]) -> str:

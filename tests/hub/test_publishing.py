@@ -57,7 +57,7 @@ def trainer_of(folder: Path, model: GPT2LMHeadModel, **options: object) -> Sophi
         train_dataset=data,
         eval_dataset=data[:8],
     )
-    trainer.corpus = TrainingCorpus("random tokens", sha256="12ab", licence="CC0-1.0")
+    trainer.corpus = TrainingCorpus("random tokens", content="sha256 12ab", licence="CC0-1.0")
     trainer.hub_timeout = 5.0
     return trainer
 
@@ -168,9 +168,12 @@ def test_of_several_checkpoints_the_one_that_is_furthest_is_taken(hub, tmp_path,
     assert download_checkpoint(f"hub:{REPO}", None).name == "checkpoint-6"
 
 
-def test_who_may_not_push_learns_it_before_the_training(hub, tmp_path, tiny_gpt2) -> None:
-    hub.fail("POST", "/api/repos/create", status=403)
-    with pytest.raises(HubPushError, match=r"'user/tiny' can't be pushed to: .*403") as raised:
+@pytest.mark.parametrize("status", [401, 403, 503])
+def test_who_may_not_push_learns_it_before_the_training(hub, tmp_path, tiny_gpt2, status) -> None:
+    hub.fail("POST", "/api/repos/create", status=status)
+    with pytest.raises(
+        HubPushError, match=rf"'user/tiny' can't be pushed to: .*{status}"
+    ) as raised:
         trainer_of(tmp_path, tiny_gpt2())
     assert "hf auth whoami" in str(raised.value)
 

@@ -139,10 +139,10 @@ def test_a_base_models_licence_that_can_not_be_asked_for_is_left_out(
 def test_the_corpus_is_described(tmp_path, tiny_gpt2) -> None:
     trainer = run(tmp_path, tiny_gpt2())
     assert "did not say what the data are" in card_of(trainer).text
-    trainer.corpus = TrainingCorpus("a|b", sha256="00ff", licence="MIT", hub_id="user/ab")
+    trainer.corpus = TrainingCorpus("a|b", content="sha256 00ff", licence="MIT", hub_id="user/ab")
     card = card_of(trainer)
     assert "[a\\|b](https://huggingface.co/datasets/user/ab)" in card.text
-    assert row(card, "content") == "sha256 `00ff`"
+    assert row(card, "content") == "sha256 00ff"
     assert row(card, "licence") == "MIT"
     assert card.data.datasets == ["user/ab"]
 
@@ -184,7 +184,7 @@ def test_each_of_several_evaluation_sets_is_there(tmp_path, tiny_gpt2) -> None:
 
 def test_a_run_that_goes_on_says_how_far_it_is(tmp_path, tiny_gpt2) -> None:
     trainer = run(tmp_path, tiny_gpt2(), train=False)
-    trainer.state.global_step, trainer.state.max_steps = 3, 1000
+    trainer.state.global_step, trainer.state.max_steps, trainer.is_in_train = 3, 1000, True
     assert "It has taken 3 of 1,000 planned optimizer steps." in card_of(trainer).text
 
 
@@ -234,7 +234,7 @@ def test_another_trainers_card_is_added_to(tmp_path, tiny_gpt2) -> None:
 
 def test_the_picture_is_shown_where_there_is_one(tmp_path, tiny_gpt2) -> None:
     trainer = run(tmp_path, tiny_gpt2())
-    assert "![Loss over optimizer steps](loss.png)" in card_of(trainer).text
+    assert "![What was logged, over optimizer steps](loss.png)" in card_of(trainer).text
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     bare = run(tmp_path / "bare", tiny_gpt2(), train=False)
     assert "loss.png" not in card_of(bare).text
