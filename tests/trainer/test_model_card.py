@@ -1,11 +1,21 @@
 """The model card states what really happened, and nothing else."""
 
 import inspect
+import math
+import shutil
 
+import numpy
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_sophia import SophiaSeq2SeqTrainer, SophiaTrainer, SophiaTrainerMixin, TrainingCorpus
 from trainer.runs import arguments, dataset
@@ -95,6 +105,111 @@ def test_a_scripts_own_optimizer_is_named(tmp_path, tiny_gpt2) -> None:
     assert "\ntorch.SGD.\n" in card.text
     assert row(card, "momentum") == "0.5"
     assert "sophia" not in card.data.tags
+
+
+def test_the_rate_and_the_schedule_are_those_that_ran(tmp_path, tiny_gpt2) -> None:
+    model = tiny_gpt2()
+    halves = [list(model.parameters())[::2], list(model.parameters())[1::2]]
+    groups = [{"params": halves[0], "lr": 0.5}, {"params": halves[1], "lr": 0.25}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    args = arguments(tmp_path, max_steps=2, lr_scheduler_type="cosine", warmup_steps=1)
+    trainer = SophiaTrainer(model, args, train_dataset=dataset(8), optimizers=(optimizer, schedule))
+    trainer.train()
+    card = card_of(trainer)
+    assert row(card, "learning_rate (largest)") == "by group: [0.5, 0.25]"
+    assert row(card, "lr_scheduler_type") == "ExponentialLR, the script's own"
+    assert row(card, "lr_scheduler_warmup_steps") is None
+
+    stock = run(tmp_path / "stock", tiny_gpt2(), learning_rate=3e-3, lr_scheduler_type="cosine")
+    card = card_of(stock)
+    assert row(card, "learning_rate (largest)") == "0.003"
+    assert row(card, "lr_scheduler_type") == "cosine"
+    assert row(card, "max_grad_norm") == "1.0"
+
+
+def test_a_card_has_the_citations_the_versions_and_the_evaluations(tmp_path, tiny_gpt2) -> None:
+    card = card_of(run(tmp_path, tiny_gpt2(), eval_strategy="steps", eval_steps=2))
+    assert "arXiv:2305.14342" in card.text
+    assert "@software{hf_sophia," in card.text
+    assert row(card, "torch") == torch.__version__
+    assert row(card, "rho at the end (geometric mean)") is None  # a number was asked for
+    logged = [line for line in card.text.splitlines() if line.startswith(("| 2 |", "| 4 |"))]
+    assert len(logged) == 2
+    auto = card_of(run(tmp_path / "auto", tiny_gpt2(), optim_args="rho=auto"))
+    assert float(row(auto, "rho at the end (geometric mean)")) > 0
+
+
+def test_a_second_training_counts_on(tmp_path, tiny_gpt2) -> None:
+    trainer = run(tmp_path, tiny_gpt2())
+    trainer.train()
+    text = card_of(trainer).text
+    assert "It took 4 optimizer steps. Before these it had taken 4 in another training." in text
+
+
+def test_the_best_counts_only_where_it_was_loaded(tmp_path, tiny_gpt2) -> None:
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the first is the worst, which is the best here
+    }
+    trainer = run(tmp_path, tiny_gpt2(), train=False, **options)
+
+    class Gone(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 3:
+                shutil.rmtree(tmp_path / "checkpoint-2")
+
+    trainer.add_callback(Gone())
+    trainer.train()
+    by_step = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    card = card_of(trainer)
+    assert "after 4 steps" in card.text
+    assert card.data.eval_results[0].metric_value == by_step[4]
+
+
+def test_what_json_has_no_number_for_is_not_in_the_index(tmp_path, tiny_gpt2) -> None:
+    trainer = run(tmp_path, tiny_gpt2())
+    metrics = {"eval_loss": math.nan, "eval_a|b": numpy.float32(0.5), "eval_tiny": 1e-5}
+    trainer.log(metrics | {"eval_name": "text"})
+    card = card_of(trainer)
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
+        "a|b": 0.5,
+        "tiny": 1e-5,
+    }
+    assert row(card, "loss") == "nan"
+    assert row(card, "tiny") == "1e-05"
+    assert "evaluation a\\|b" in card_of(with_history(trainer)).text
+
+
+def with_history(trainer: SophiaTrainer) -> SophiaTrainer:
+    trainer.args.eval_strategy = IntervalStrategy.STEPS
+    return trainer
+
+
+def test_a_builders_name_is_no_data_set_of_the_hub(tmp_path, tiny_gpt2) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{k: v.tolist() for k, v in row.items()} for row in dataset(8)]
+    data = datasets.Dataset.from_generator(lambda: iter(rows), cache_dir=str(tmp_path / "cache"))
+    args = arguments(tmp_path, max_steps=1)
+    trainer = SophiaTrainer(tiny_gpt2(), args, train_dataset=data.with_format("torch"))
+    trainer.train()
+    assert card_of(trainer).data.datasets is None
+
+
+def test_subclasses_and_adapters_have_the_task_of_what_they_are_of(tmp_path, tiny_gpt2) -> None:
+    class Mine(GPT2LMHeadModel):
+        pass
+
+    trainer = run(tmp_path, Mine(tiny_gpt2().config), eval_strategy="steps", eval_steps=4)
+    card = card_of(trainer)
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.eval_results[0].metric_type == "loss"
+    assert "A Mine, trained from scratch" in card.text
 
 
 def test_a_process_that_has_not_trained_does_not_guess(tmp_path, tiny_gpt2) -> None:
