@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers.trainer import Trainer
-from transformers.trainer_utils import HubStrategy, sort_checkpoints
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints, sort_checkpoints
 
 from hf_sophia.trainer.card_writing import CardWritingMixin
 from hf_sophia.trainer.hub import (
@@ -225,9 +225,12 @@ class PublishingMixin(CardWritingMixin):
             return
         running = self.push_in_progress
         known = set() if running is None else set(running.jobs)
-        if self.args.hub_always_push or running is None or running.is_done():
+        pushes = self.args.hub_always_push or running is None or running.is_done()
+        if pushes:
             # What is being uploaded is about to be overwritten, and would get another's name.
             self._wait_for_uploads_of({Path(self.args.output_dir).resolve()})
+        self._rotate_now(Path(checkpoint_folder).parent)
+        if pushes:
             self._create_card_on_the_way()
         super()._push_from_checkpoint(checkpoint_folder)
         jobs = [] if self.push_in_progress is None else self.push_in_progress.jobs
@@ -236,7 +239,16 @@ class PublishingMixin(CardWritingMixin):
             self._record(new, Path(checkpoint_folder))
         else:
             self._pushes.skipped.append(self.state.global_step)
-        self._wait_for_uploads_of(self._about_to_go(self.args.save_total_limit))
+
+    def _rotate_now(self, run: Path) -> None:
+        """Remove old checkpoints when their uploads have ended, and before the next one begins.
+
+        The Trainer does it afterwards, while the client lists what is in the run's folder.
+        """
+        self._wait_for_uploads_of(self._about_to_go(run, self.args.save_total_limit))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
 
     def _record(self, jobs: list[Future], checkpoint: Path) -> None:
         """Watch the jobs of a save: the model's, then the checkpoint's where that is pushed too."""
@@ -286,9 +298,9 @@ class PublishingMixin(CardWritingMixin):
         finally:
             self._pushing = False
 
-    def _about_to_go(self, limit: int | None) -> set[Path]:
+    def _about_to_go(self, run: Path, limit: int | None) -> set[Path]:
         """Return the checkpoints that rotation may remove, best or not."""
-        folders = sort_checkpoints(self.args.output_dir, use_mtime=True)
+        folders = sort_checkpoints(str(run), use_mtime=True)
         surplus = len(folders) - limit if limit and limit > 0 else 0
         if surplus > 0 and self.state.best_model_checkpoint is not None:
             surplus += 1  # the best may be among the oldest and stay
@@ -302,7 +314,8 @@ class PublishingMixin(CardWritingMixin):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # With a limit of one, the last checkpoint goes here where another is the best.
         if self._pushes is not None and self.args.save_total_limit == 1:
+            output = self.args.output_dir
             self._wait_for_uploads_of(
-                {Path(f).resolve() for f in sort_checkpoints(self.args.output_dir)}
+                {Path(folder).resolve() for folder in (output, *sort_checkpoints(output))}
             )
         return super()._finalize_training(*args, **kwargs)
