@@ -183,6 +183,24 @@ def test_a_broken_checkpoint_on_the_hub_is_named(hub, tmp_path, tiny_gpt2, conte
         trainer.train(resume_from_checkpoint=f"hub:{REPO}")
 
 
+class SavesShards(SophiaTrainer):
+    """As under FSDP2 with sharded state dictionaries: no file has whole weights."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        (Path(checkpoint_folder) / "model.safetensors").unlink()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def test_what_has_no_weights_is_not_called_a_model(hub, tmp_path, tiny_gpt2, caplog) -> None:
+    trainer = trainer_of(tmp_path, tiny_gpt2(), hub_strategy="every_save", hub_always_push=True)
+    trainer.__class__ = SavesShards
+    with caplog.at_level(logging.INFO, "hf_sophia"):
+        trainer.train()
+    assert caplog.text.count("holds no weights that could be pushed") == 1
+    assert "FULL_STATE_DICT" in caplog.text
+    assert caplog.messages[-1] == f"pushed to {REPO}: the card, without weights, of step 6"
+
+
 def test_a_private_checkpoint_needs_the_token_that_is_passed(
     hub, tmp_path, tiny_gpt2, monkeypatch
 ) -> None:
