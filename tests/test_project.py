@@ -34,6 +34,7 @@ LIBRARIES = {
         "matplotlib",
         "peft",
         "safetensors",
+        "yaml",
     },
     "metrics": {"evaluate", "datasets"},
 }
