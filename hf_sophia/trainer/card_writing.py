@@ -143,7 +143,7 @@ class CardWritingMixin:
             return
         path = Path(self.args.output_dir) / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = _card_at(path)
+        before = card_at(path)
         if stock:
             self._write_card(path, before, *args, **kwargs)
         elif before is not None:
@@ -240,8 +240,12 @@ class CardWritingMixin:
         return {}
 
 
-def _card_at(path: Path) -> ModelCard | None:
-    """Read the card that is there; one that can't be read is put aside."""
+def card_at(path: Path) -> ModelCard | None:
+    """Read the card that is there, or None; one that can't be read is put aside.
+
+    Args:
+        path: Of its file.
+    """
     if not path.is_file():
         return None
     try:

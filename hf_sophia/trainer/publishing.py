@@ -8,11 +8,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers.trainer import Trainer
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints, sort_checkpoints
 
-from hf_sophia.trainer.card_writing import CardWritingMixin
+from hf_sophia.trainer.card_writing import CardWritingMixin, card_at
 from hf_sophia.trainer.hub import (
     HUB_ERRORS,
     HUB_PREFIX,
@@ -115,6 +114,8 @@ class PublishingMixin(CardWritingMixin):
         """Push the last save where the upload before it was still running when it came."""
         if self._pushes is None or not self._pushes.last_save_was_skipped:
             return
+        if self.args.load_best_model_at_end:
+            return  # the card of what was loaded would stand beside the weights of the last save
         checkpoints = sort_checkpoints(self.args.output_dir)
         if checkpoints and checkpoints[-1].endswith(f"-{self._pushes.skipped[-1]}"):
             self._push_from_checkpoint(checkpoints[-1])
@@ -280,7 +281,9 @@ class PublishingMixin(CardWritingMixin):
             return
         repo, args = self.hub_model_id, self.args
         try:
-            remove_others(repo, checkpoint, LAST_CHECKPOINT, args.hub_token, args.hub_revision)
+            # The training, and the limit with it, may be over when this is called.
+            with bounded(self.hub_timeout):
+                remove_others(repo, checkpoint, LAST_CHECKPOINT, args.hub_token, args.hub_revision)
         except HUB_ERRORS as error:
             self._cleared = False
             self._pushes.warn_once(
@@ -290,11 +293,12 @@ class PublishingMixin(CardWritingMixin):
     def _create_card_on_the_way(self) -> None:
         self._pushing = True
         try:
+            path = Path(self.args.output_dir) / "README.md"
             if self._writes_stock_cards:
                 self.create_model_card()
-            elif (card := Path(self.args.output_dir) / "README.md").is_file():
+            elif (card := card_at(path)) is not None:
                 # Such a Trainer has written its own just now, under a name that it knows.
-                self._add_to_card(card, ModelCard.load(card))
+                self._add_to_card(path, card)
         finally:
             self._pushing = False
 

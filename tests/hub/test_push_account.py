@@ -19,6 +19,7 @@ from transformers import GPT2LMHeadModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_sophia import HubPushError, SophiaTrainer
+from hf_sophia.trainer import publishing
 from hf_sophia.trainer.hub import bounded, download_checkpoint, hold_limit, reason
 
 from .pushed_runs import REPO, folders_of, same_weights, trainer_of
@@ -71,7 +72,7 @@ def test_the_limit_stays_as_long_as_an_upload_runs(hub, tmp_path, tiny_gpt2, cap
     assert get_session().timeout.read == 0.3
     assert not futures.wait(trainer.push_in_progress.jobs, timeout=30).not_done
     assert stall.hits == 6  # the client's own number of tries
-    assert get_session().timeout.read is None
+    wait_until(lambda: get_session().timeout.read is None)
     assert "still being uploaded" in caplog.text
 
 
@@ -181,6 +182,37 @@ def test_a_broken_checkpoint_on_the_hub_is_named(hub, tmp_path, tiny_gpt2, conte
     )
     with pytest.raises(ValueError, match=f"'hub:{REPO}' can't be resumed from"):
         trainer.train(resume_from_checkpoint=f"hub:{REPO}")
+
+
+def test_removing_them_is_bounded_although_the_training_is_over(
+    hub, tmp_path, tiny_gpt2, monkeypatch
+) -> None:
+    limits = []
+    monkeypatch.setattr(
+        publishing, "remove_others", lambda *args: limits.append(get_session().timeout.read)
+    )
+    trainer = trainer_of(tmp_path, tiny_gpt2(), hub_strategy="checkpoint", save_steps=6)
+    trainer.train()
+    wait_until(lambda: limits)
+    assert limits == [5.0]
+
+
+def test_the_best_is_not_described_beside_the_weights_of_the_last_save(
+    hub, tmp_path, tiny_gpt2, caplog
+) -> None:
+    stall = hub.stall("POST", "/preupload/", times=1)
+    trainer = trainer_of(
+        tmp_path,
+        tiny_gpt2(),
+        hub_strategy="every_save",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.add_callback(At(6, lambda: threading.Timer(0.5, stall.release).start()))
+    trainer.train()
+    assert "not pushed: what was saved at step 6" in caplog.text
+    assert "It has taken 2 of 6" in hub.files(REPO)["README.md"].decode()
 
 
 class SavesShards(SophiaTrainer):
