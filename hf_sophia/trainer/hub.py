@@ -1,5 +1,6 @@
 """Dealing with the Hub: its client's patience, its errors in a line, checkpoints that are there."""
 
+import importlib
 import json
 import logging
 import re
@@ -22,9 +23,15 @@ logger = logging.getLogger(__name__)
 #: What stands before a repository's name where a checkpoint on the Hub is meant.
 HUB_PREFIX = "hub:"
 
+#: The client's httpx: which package that is differs between its releases.
+_httpx = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+
 #: What the client raises when the Hub, the way to it or the disk is at fault. httpx's errors are
-#: no OSErrors, and which httpx that is differs between releases.
-HUB_ERRORS = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
+#: no OSErrors.
+HUB_ERRORS = (_httpx.HTTPError, OSError, RuntimeError, ValueError)
+
+#: What a connection raises that ends while it is in use.
+_CUT = (_httpx.NetworkError, _httpx.RemoteProtocolError)
 
 #: What the Trainer leaves out when it pushes its output folder.
 _LEFT_OUT = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -166,16 +173,29 @@ def cause(error: BaseException) -> str:
     Args:
         error: What the client raised.
     """
-    error = _root(error)
-    response = getattr(error, "response", None)
-    return f"{type(error).__name__} {response.status_code if response is not None else ''}"
+    for link in _chain(error):
+        # How a connection that is cut shows is up to the moment: it is reset, or is at its end.
+        if isinstance(link, _CUT) and not isinstance(link, _httpx.ConnectError):
+            return "the connection was cut"
+        if isinstance(link, _httpx.TimeoutException):
+            return "no answer in time"
+    root = _root(error)
+    response = getattr(root, "response", None)
+    code = getattr(root, "errno", None) if response is None else response.status_code
+    return f"{type(root).__name__} {code}"
 
 
 def _root(error: BaseException) -> BaseException:
     # The client's own outer errors say which file it was, but not why.
+    *_, root = _chain(error)
+    return root
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    yield error
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
-    return error
+        yield error
 
 
 def push_command(

@@ -1,5 +1,6 @@
 """What is said at the end of a run, however it ends, and what the Hub then holds."""
 
+import itertools
 import json
 import logging
 import os
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, get_session
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http
 from transformers import GPT2LMHeadModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_sophia import HubPushError, SophiaTrainer
 from hf_sophia.trainer import publishing
-from hf_sophia.trainer.hub import bounded, download_checkpoint, hold_limit, reason
+from hf_sophia.trainer.hub import bounded, cause, download_checkpoint, hold_limit, reason
 
 from .pushed_runs import REPO, folders_of, same_weights, trainer_of
+
+httpx2 = pytest.importorskip("httpx2")
 
 
 class At(TrainerCallback):
@@ -355,6 +359,31 @@ def test_a_reason_holds_no_key() -> None:
     outer = RuntimeError("Error while uploading 'a'")
     outer.__cause__ = ConnectionError("PUT https://storage/a?signature=abc failed")
     assert reason(outer) == "ConnectionError: PUT https://storage/a failed"
+
+
+def raised_from(*errors: Exception) -> Exception:
+    """Return the first of the errors, each of which was raised from the next."""
+    for outer, inner in itertools.pairwise(errors):
+        outer.__cause__ = inner
+    return errors[0]
+
+
+def test_one_cause_may_have_two_faces() -> None:
+    reset = raised_from(
+        RuntimeError("Error while uploading 'a'"), httpx2.WriteError("x"), ConnectionResetError(104)
+    )
+    ended = raised_from(RuntimeError("Error while uploading 'b'"), httpx2.RemoteProtocolError("y"))
+    assert cause(reset) == cause(ended)
+    late = [cause(error("x")) for error in (httpx2.ReadTimeout, httpx2.WriteTimeout)]
+    assert late[0] == late[1]
+    nowhere = cause(raised_from(httpx2.ConnectError("x"), OSError(-2, "no such name")))
+    full = cause(OSError(28, "No space left on device"))
+    request = httpx2.Request("PUT", "http://storage")
+    refused, busy = (
+        cause(HfHubHTTPError("no", response=httpx2.Response(status, request=request)))
+        for status in (403, 503)
+    )
+    assert len({cause(reset), late[0], nowhere, full, refused, busy}) == 6
 
 
 def test_two_checkpoints_with_a_best_among_them_wait_too(hub, tmp_path, tiny_gpt2, caplog) -> None:
