@@ -6,7 +6,9 @@ EXTRAS ?= test,test-trl,plots,compare,trackers
 # What the floor environment pins; see `make test-floor`.
 FLOOR ?= transformers==5.17.*
 ARGS ?=
-
+# Tests run in so many processes at a time, each on one thread.
+WORKERS ?= 2
+test test-distributed: export OMP_NUM_THREADS = 1
 
 .PHONY: help install demo test test-distributed test-floor bench bench-peers gpu-check lint format clean
 
@@ -25,7 +27,7 @@ demo: install  ## Train a small GPT-2 with --optim sophia on real text (a few mi
 	$(VENV)/bin/python recipes/pretrain_gpt2.py $(ARGS)
 
 test: install  ## Run all tests; ARGS='-k name' picks some
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-distributed: install  ## Run the tests that train in several processes
 	$(VENV)/bin/python -m pytest -m distributed $(ARGS)
@@ -33,10 +35,11 @@ test-distributed: install  ## Run the tests that train in several processes
 test-floor:  ## Run all tests on the oldest transformers that is tested, in its own environment
 	$(MAKE) test VENV=.venv-floor PIN='$(FLOOR)'
 
-bench: install bench-peers  ## Measure steps, refreshes, samplers and whole runs (half an hour on two cores)
+bench: install bench-peers  ## Measure steps, refreshes, samplers, noise and whole runs (half an hour on two cores)
 	$(VENV)/bin/python benchmarks/step.py --threads 1 2 --peers .venv-peers/bin/python --output benchmarks/results/step_cpu.json
 	$(VENV)/bin/python benchmarks/refresh.py --output benchmarks/results/refresh_cpu.json
 	$(VENV)/bin/python benchmarks/sampler.py --output benchmarks/results/sampler_cpu.json
+	$(VENV)/bin/python benchmarks/hessian_noise.py --output benchmarks/results/hessian_noise_cpu.json
 	$(VENV)/bin/python benchmarks/train.py --output benchmarks/results/train_cpu.json
 
 # Others' packages pin what this one does not; labml-nn would replace its torch.
