@@ -64,7 +64,8 @@ def _parallel() -> Callable[..., None] | None:
     """Return torch's own way to start threads, so that there is one pool of them; None: no way."""
     try:
         start = ctypes.CDLL(None).GOMP_parallel
-    except AttributeError:  # torch was built with another OpenMP, or with none
+    except AttributeError:
+        logger.info("Sophia's steps on the CPU take one thread: torch was built without GNU OpenMP")
         return None
     start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     start.restype = None

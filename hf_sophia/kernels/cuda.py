@@ -4,6 +4,7 @@ The host does not wait for the device: that a gradient was not finite is known a
 until then such a coordinate is updated as if its gradient were 0.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from hf_sophia.kernels.scalars import SMALLEST_RHO, StepScalars
+
+logger = logging.getLogger(__name__)
 
 #: Parameters and gradients may be of these; the state is fp32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,8 +32,28 @@ _SLOTS = 256
 
 @cache
 def missing() -> str:
-    """Return why there is no kernel here; empty where there is one."""
-    return "" if find_spec("triton") else "the package triton is not installed"
+    """Return why there is no kernel here; empty where there is one.
+
+    Where there is a device the kernel is built and run, on nothing: Triton needs a C compiler,
+    Python's headers and a device that it knows, and says so only then.
+    """
+    if not find_spec("triton"):
+        return "the package triton is not installed"
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        _try_out(torch.device("cuda", torch.cuda.current_device()))
+    except Exception as error:  # whatever a compiler or a driver raises
+        logger.info("Sophia's steps on CUDA are not fused: %s", error)
+        return f"Triton can't make a kernel here: {str(error).strip() or type(error).__name__}"
+    return ""
+
+
+def _try_out(device: torch.device) -> None:
+    theta, g, m, h = torch.zeros((4, 1), dtype=torch.float32, device=device)
+    kernel = TritonStep([theta], [m], [h])
+    kernel.update([g], 1.0, StepScalars(0.0, 1.0, 0.9, 1.0, 1.0, nesterov=False))
+    kernel.finite(wait=True)  # errors of a launch may come later
 
 
 @cache
@@ -68,6 +91,7 @@ class TritonStep:
         )
         self._fixed = [_addresses(tensors) for tensors in (params, averages, hessians)]
         self._number = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._told: float | None = None
         self._passing: list[list[int]] = []
         self._table = torch.zeros(0, dtype=torch.long)
         self._aligned = False
@@ -97,7 +121,9 @@ class TritonStep:
         scalars: StepScalars,
     ) -> None:
         if isinstance(rho, float):
-            self._number.fill_(rho)
+            if rho != self._told:
+                self._number.fill_(rho)
+                self._told = rho
             thresholds = [self._number.data_ptr()] * len(grads)
         else:
             thresholds = _addresses(rho)

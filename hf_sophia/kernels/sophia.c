@@ -20,6 +20,8 @@
 #define VERSIONS
 #endif
 
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 // kernels/cpu.py holds the same fields.
 typedef struct {
   const int64_t *theta, *grad, *m, *h;  // address of each tensor's first element
@@ -73,9 +75,10 @@ static inline float between(float from, float to, float weight) {
   return weight < 0.5f ? from + weight * (to - from) : to - (1.0f - weight) * (to - from);
 }
 
-// What is clipped. m is the average that holds g already; by Nesterov it goes further along g.
-static inline float ratio_of(float m, float h, float g, const scalars *s) {
-  float numerator = between(m, g, s->further);
+// What is clipped. m is the average that holds g already; by Nesterov it goes further along g. That
+// is a constant of each loop, for a weight of 0 past an m near fp32's end would make NaN.
+ALWAYS_INLINE float ratio_of(float m, float h, float g, const scalars *s, int nesterov) {
+  float numerator = nesterov ? between(m, g, s->further) : m;
   float curvature = h > s->eps ? h : s->eps;
   return numerator * s->hessian_weight / curvature;
 }
@@ -85,19 +88,24 @@ static inline float clip(float ratio, float rho) {
   return ratio < -rho ? -rho : ratio;
 }
 
-VERSIONS static counts update(float *restrict theta, const float *restrict g, float *restrict m,
-                              const float *restrict h, int64_t n, scalars s) {
+ALWAYS_INLINE counts update_as(float *restrict theta, const float *restrict g, float *restrict m,
+                               const float *restrict h, int64_t n, scalars s, int nesterov) {
   uint32_t clipped = 0, bad = 0;
   for (int64_t i = 0; i < n; i++) {
     int is_finite = g[i] - g[i] == 0.0f;
     float grad = is_finite ? g[i] : 0.0f;
     bad += !is_finite;
     m[i] = between(m[i], grad, s.weight);
-    float ratio = ratio_of(m[i], h[i], grad, &s);
+    float ratio = ratio_of(m[i], h[i], grad, &s, nesterov);
     clipped += (ratio >= s.rho) | (ratio <= -s.rho);
     theta[i] = theta[i] * s.decay - s.step * clip(ratio, s.rho);
   }
   return (counts){clipped, bad};
+}
+
+VERSIONS static counts update(float *restrict theta, const float *restrict g, float *restrict m,
+                              const float *restrict h, int64_t n, scalars s) {
+  return s.further > 0.0f ? update_as(theta, g, m, h, n, s, 1) : update_as(theta, g, m, h, n, s, 0);
 }
 
 // The way back, to rounding. With weight 1 the average that was has no influence on what comes.
@@ -105,7 +113,7 @@ VERSIONS static counts undo(float *restrict theta, const float *restrict g, floa
                             const float *restrict h, int64_t n, scalars s) {
   for (int64_t i = 0; i < n; i++) {
     float grad = g[i] - g[i] == 0.0f ? g[i] : 0.0f;
-    float ratio = ratio_of(m[i], h[i], grad, &s);
+    float ratio = ratio_of(m[i], h[i], grad, &s, s.further > 0.0f);
     theta[i] = (theta[i] + s.step * clip(ratio, s.rho)) / s.decay;
     m[i] = s.weight < 1.0f ? (m[i] - s.weight * grad) / (1.0f - s.weight) : 0.0f;
   }

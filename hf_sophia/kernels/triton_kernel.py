@@ -30,8 +30,10 @@ def _change(
     spoilt = ~(tl.abs(g) < float("inf"))
     g = tl.where(spoilt, 0.0, g)
     m = _between(m, g, weight)
-    # m is the average already; by Nesterov it goes further along g.
-    ratio = _between(m, g, further) * hessian_weight / tl.maximum(h, eps)
+    # m is the average already; by Nesterov it goes further along g. Not even by a weight of 0 past
+    # an m near fp32's end: 0 times infinity is NaN.
+    ahead = tl.where(further == 0.0, m, _between(m, g, further))
+    ratio = ahead * hessian_weight / tl.maximum(h, eps)
     hit = tl.abs(ratio) >= rho
     theta = theta * decay - step * tl.minimum(tl.maximum(ratio, -rho), rho)
     tl.store(m_at, m, mask=inside)

@@ -114,6 +114,8 @@ class KernelPlan:
         self.rest = rest
         self._length = -1
         self._sharded = False
+        # Where those of the rest lie that a kernel would take if others were not there too.
+        self._shared: dict[int, tuple[int, int]] = {}
 
     def refresh(self, params: Tensors, grads: Tensors, states: Sequence[dict[str, Any]]) -> bool:
         """Bring the plan up to date with this step's tensors.
@@ -132,7 +134,12 @@ class KernelPlan:
         if (
             len(grads) == self._length
             and all([call.fits(fixed, grads) for call in self.calls])
-            and not any([_kernel_takes(*(part[i] for part in (*fixed, grads))) for i in self.rest])
+            and all([_span(fixed[0][index]) == span for index, span in self._shared.items()])
+            and not any(
+                _kernel_takes(*(part[index] for part in (*fixed, grads)))
+                for index in self.rest
+                if index not in self._shared
+            )
         ):
             return True
         finite = all([call.was_finite() for call in self.calls if call.late])
@@ -147,6 +154,7 @@ class KernelPlan:
         alike: dict[Any, list[int]] = {}
         rest = []
         overlapping = _overlapping(fixed[0])
+        self._shared = {index: _span(fixed[0][index]) for index in overlapping}
         for index, (param, m, h, grad) in enumerate(zip(*fixed, grads, strict=True)):
             if index not in overlapping and _kernel_takes(param, m, h, grad):
                 owner = owners[index]
@@ -196,16 +204,18 @@ def _plain(tensors: Tensors, dtype: torch.dtype) -> bool:
 
 def _overlapping(params: Tensors) -> set[int]:
     """Return the places of parameters that share memory, whose updates must not run at once."""
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(params) if p.numel()
-    )
+    spans = sorted((_span(param), index) for index, param in enumerate(params) if param.numel())
     found, end, last = set(), 0, -1
-    for first, after, index in spans:
+    for (first, after), index in spans:
         if first < end:
             found |= {last, index}
         if after > end:
             end, last = after, index
     return found
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _places(tensors: Sequence[Tensors]) -> list[list[int]]:

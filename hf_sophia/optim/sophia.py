@@ -5,14 +5,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import distributed
-from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_sophia.estimators import gauss_newton_bartlett, hutchinson
 from hf_sophia.kernels import SMALLEST_NORMAL, SMALLEST_RHO, StepScalars, no_kernel_because
 from hf_sophia.optim.base import BaseOptimizer, Batch, Group, State, first_non_finite
 from hf_sophia.optim.kernel_plan import KernelPlan, run_kernels
+from hf_sophia.optim.own_estimates import OwnEstimates
 from hf_sophia.optim.sharding import local, placed_like, total
+from hf_sophia.optim.sophia_metrics import SophiaMetrics
+from hf_sophia.optim.sophia_options import (
+    AUTO,
+    check_hessian_computation_type,
+    check_rho,
+    check_rho_scope,
+)
 from hf_sophia.optim.sophia_update import updated_in_blocks
 from hf_sophia.optim.threshold import follow
 from hf_sophia.optim.validation import (
@@ -25,17 +31,6 @@ from hf_sophia.optim.validation import (
 )
 from hf_sophia.optim.weight_decay import WeightDecay
 
-#: What `hessian_computation_type` may be: the estimator that `step()` runs by itself.
-HESSIAN_COMPUTATION_TYPES = ("gnb", "hutchinson")
-
-
-#: The rho that follows the data.
-AUTO = "auto"
-
-#: What has one rho of its own under `rho="auto"`.
-RHO_SCOPES = ("tensor", "group")
-
-
 _LATE = (
     "a gradient of an earlier step held NaN or infinity, which a GPU tells of one step later: those"
     " coordinates were updated as if it were 0, and the others by it. Go back to a checkpoint"
@@ -46,33 +41,12 @@ class NonFiniteHessianError(ValueError):
     """A Hessian estimate holds NaN or infinity; the optimizer is as it was before."""
 
 
-def _check_rho(name: str, value: Any) -> None:
-    if value != AUTO:
-        if isinstance(value, str):
-            raise ValueError(f"{name} must be a number > 0 or {AUTO!r}, got {value!r}")
-        check_positive(name, value)
-        if value > torch.finfo(torch.float32).max:
-            raise ValueError(f"{name} must be a number that fp32 holds, got {value!r}")
-
-
-def _check_rho_scope(name: str, value: Any) -> None:
-    if value not in RHO_SCOPES:
-        known = ", ".join(map(repr, RHO_SCOPES))
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")
-
-
-def _check_hessian_computation_type(name: str, value: Any) -> None:
-    if value not in HESSIAN_COMPUTATION_TYPES:
-        known = ", ".join(map(repr, HESSIAN_COMPUTATION_TYPES))
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")
-
-
 def _hessian_weight(group: Group) -> float:
     """Return what h is divided by: with bias correction, how much of the average is filled."""
     return (group["hessian_weight"] or 1.0) if group["bias_correction"] else 1.0
 
 
-class Sophia(BaseOptimizer):
+class Sophia(OwnEstimates, SophiaMetrics):
     """Sophia, with either Hessian estimator: Sophia-G (`"gnb"`) or Sophia-H (`"hutchinson"`).
 
     ```
@@ -153,15 +127,15 @@ class Sophia(BaseOptimizer):
     _checks: ClassVar[dict[str, Any]] = {
         **BaseOptimizer._checks,
         "eps": check_positive,
-        "rho": _check_rho,
+        "rho": check_rho,
         "target_clip_fraction": check_open_fraction,
-        "rho_scope": _check_rho_scope,
+        "rho_scope": check_rho_scope,
         "nesterov": check_flag,
         "bias_correction": check_flag,
         "hessian_weight": check_non_negative,
         "k": check_positive_integer,
         "refreshed_step": check_count,
-        "hessian_computation_type": _check_hessian_computation_type,
+        "hessian_computation_type": check_hessian_computation_type,
     }
 
     def __init__(
@@ -201,8 +175,9 @@ class Sophia(BaseOptimizer):
         # A due step that passed without its refresh.
         self._missed_step: int | None = None
         self._warned = False
-        # What the last step clipped, by parameters that are sharded alike, and of how many.
-        self._clipped: list[tuple[int | torch.Tensor, torch.Tensor]] = []
+        # The parameters whose h has had no estimate yet.
+        self._unfilled: set[torch.Tensor] = set()
+        self._clipped = []
         self._moved = 0
         super().__init__(params, options, weight_decay, defaults, fused)
 
@@ -236,7 +211,14 @@ class Sophia(BaseOptimizer):
     @property
     def hessian_due(self) -> bool:
         """Whether `update_hessian` should be called before the next `step()`."""
+        self._notice_lost_state()
         return self._due_at(self._next_step)
+
+    def _notice_lost_state(self) -> None:
+        """Begin again where `state` was cleared: h is gone, whatever the groups say of it."""
+        if not self.state and any(group["hessian_weight"] for group in self.param_groups):
+            for group in self.param_groups:
+                group["refreshed_step"], group["hessian_weight"] = 0, 0.0
 
     def _due_at(self, step: int) -> bool:
         group = self.param_groups[0]
@@ -275,18 +257,55 @@ class Sophia(BaseOptimizer):
                 f"the Hessian estimate of {self._describe(list(mapping)[index])} holds NaN or"
                 " infinity; nothing was changed. Leave this refresh out with update_hessian({})"
             )
+        self._notice_lost_state()
         for group in self.param_groups:
             group["refreshed_step"] = self._next_step
             if params := [param for param in group["params"] if param in mapping]:
-                beta2 = group["betas"][1]
-                group["hessian_weight"] = beta2 * group["hessian_weight"] + 1.0 - beta2
                 hessians = [local(self._state_of(param, group)["hessian"]) for param in params]
                 estimates = [
                     local(placed_like(mapping[param], param)).to(hessian)
                     for param, hessian in zip(params, hessians, strict=True)
                 ]
-                torch._foreach_lerp_(hessians, estimates, 1.0 - beta2)
+                self._fit_correction(group, params, hessians, estimates)
+                torch._foreach_lerp_(hessians, estimates, 1.0 - group["betas"][1])
         self._missed_step = None
+
+    def _fit_correction(
+        self,
+        group: Group,
+        params: list[torch.Tensor],
+        hessians: list[torch.Tensor],
+        estimates: list[torch.Tensor],
+    ) -> None:
+        """Let the weight of a group grow by a refresh, so that dividing by it is right for each.
+
+        The weight is the group's, but its parameters need not all be in each refresh. One that has
+        its first estimate later than others, unfrozen by then, begins as if those before had been
+        like it; one that is left out keeps its quotient.
+
+        Args:
+            group: The group.
+            params: Those of its parameters that have an estimate.
+            hessians: Their averages, before the estimates are folded in.
+            estimates: Their estimates.
+        """
+        before, beta2 = group["hessian_weight"], group["betas"][1]
+        group["hessian_weight"] = beta2 * before + 1.0 - beta2
+        if group["bias_correction"] and before > 0.0:
+            for param, hessian, estimate in zip(params, hessians, estimates, strict=True):
+                if param in self._unfilled:
+                    hessian.copy_(estimate).mul_(before)
+            given = set(params)
+            rest = [p for p in group["params"] if p not in given and self.state.get(p)]
+            if rest:
+                left_out = [local(self.state[param]["hessian"]) for param in rest]
+                torch._foreach_mul_(left_out, group["hessian_weight"] / before)
+        self._unfilled.difference_update(params)
+
+    def _state_of(self, param: torch.Tensor, group: Group) -> State:
+        if not self.state[param]:
+            self._unfilled.add(param)
+        return super()._state_of(param, group)
 
     def repeat_refresh(self) -> None:
         """Make the refresh of the next step due again, for when it was left out by `{}`.
@@ -339,64 +358,9 @@ class Sophia(BaseOptimizer):
         return loss
 
     def _apply_gradients(self) -> None:
+        self._notice_lost_state()
         self._current_step = self._next_step
         super()._apply_gradients()
-
-    def _trainable(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _from_logits(self, logits: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
-        return gauss_newton_bartlett(logits, self._trainable())
-
-    def _check_alone(self, call: str, *, shards: bool) -> None:
-        """Refuse what differentiates here, past DistributedDataParallel, in several processes.
-
-        Args:
-            call: What the user wrote.
-            shards: Whether it is right for sharded parameters, whose processes do it together.
-        """
-        if not distributed.is_available() or not distributed.is_initialized():
-            return
-        if shards and any(isinstance(param, DTensor) for param in self._trainable()):
-            return
-        if distributed.get_world_size() > 1:
-            raise RuntimeError(
-                f"{call} would give each of {distributed.get_world_size()} processes a result of"
-                " its own, and their parameters would drift apart. Add the logits of each to a"
-                " hf_sophia.estimators.GaussNewtonBartlett (or Hutchinson), call its all_reduce()"
-                " and update_hessian(its estimate()), and let backward() make the gradients"
-            )
-
-    def _differentiate(self, closure: Callable[[], Any]) -> Any:
-        """Run a closure; unless it called `backward()`, differentiate its loss here."""
-        params = self._trainable()
-        accumulated: list[torch.Tensor] = []
-        hooks = [p.register_post_accumulate_grad_hook(accumulated.append) for p in params]
-        try:
-            loss = closure()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if accumulated:
-            if self.hessian_due:
-                raise RuntimeError(
-                    "the closure called backward(), which frees the graph that"
-                    " hessian_computation_type='hutchinson' needs: let it only return the loss, or"
-                    " call update_hessian(hutchinson(loss, parameters)) before its backward()"
-                )
-            return loss
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(
-                "with hessian_computation_type='hutchinson' the closure must return the loss, a"
-                f" tensor of one element with its graph, got {loss!r}"
-            )
-        self._check_alone("step(closure) without backward()", shards=False)
-        if self.hessian_due:
-            self.update_hessian(hutchinson(loss, params))
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        return loss
 
     def _on_missed_refresh(self, due_step: int) -> None:
         """React to a step that moves parameters although the refresh of `due_step` never came."""
@@ -414,8 +378,14 @@ class Sophia(BaseOptimizer):
         """Notice that a refresh which was due by this step never came."""
         if self._due_at(self._current_step):
             self._missed_step = self._current_step
-        if self._missed_step is not None and any(group["lr"] > 0.0 for group in self.param_groups):
+        if self._missed_step is None:
+            return
+        if any(group["lr"] > 0.0 for group in self.param_groups):
             self._on_missed_refresh(self._missed_step)
+        elif self._missed_step == self._current_step:
+            # Nothing moves, so the refresh can still come in time: torch.distributed.checkpoint
+            # takes such a step for the state to be there.
+            self._current_step -= 1
 
     def _not_fused_because(self, param: torch.Tensor) -> str:
         if not self._kernels_decay:
@@ -436,6 +406,8 @@ class Sophia(BaseOptimizer):
             return
         self._check_refreshed()
         shares = [(batch, self._plan(index, batch)) for index, batch in enumerate(batches)]
+        for index in range(len(batches), len(self.__dict__.get("_plans", ()))):
+            self._plans.pop(index, None)  # of groups that are gone
         rest = [batch.params[index] for batch, plan in shares for index in plan.rest]
         self._check_kinds(rest)
         following = [batch for batch in batches if self._follows_now(batch)]
@@ -445,7 +417,8 @@ class Sophia(BaseOptimizer):
         if following or any(abs(own.decay) < 0.5 for own in scalars):
             self._check_gradients(params)
         rhos = [self._thresholds(batch) for batch in batches]
-        samples = self.__dict__.setdefault("_samples", {})
+        # By the parameters, as long as there are any.
+        samples = self.__dict__.setdefault("_samples", WeakTensorKeyDictionary())
         for batch, own in zip(batches, scalars, strict=True):
             if batch in following:
                 decay = self.weight_decay
@@ -520,52 +493,32 @@ class Sophia(BaseOptimizer):
         new = group["hessian_weight"] > 0.0 and not all("rho" in state for state in batch.states)
         return new or group["refreshed_step"] == self._current_step
 
-    @torch.no_grad()
-    def clip_fraction(self) -> torch.Tensor:
-        """Return the share of the coordinates of the last step that were clipped, in [0, 1].
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dictionary.
 
-        Those are the ones with `|m| >= rho max(h, eps)`; the authors' win rate is 1 minus the
-        share. A zero-dimensional tensor on the parameters' device, without a device sync; 0 before
-        the first step. Where parameters are sharded, all processes call it together.
+        Raises:
+            ValueError: On CUDA a gradient of the last step held NaN or infinity: what it spoilt is
+                not to be saved.
         """
-        if not self._moved:
-            return torch.zeros(())
-        counts = [torch.as_tensor(count, dtype=torch.float64) for count, _ in self._clipped]
-        owners = [owner for _, owner in self._clipped]
-        return (total(counts, owners) / self._moved).to(torch.float32)
+        self.check_finite()
+        return super().state_dict()
 
-    @torch.no_grad()
-    def mean_rho(self) -> torch.Tensor:
-        """Return the geometric mean of rho over all coordinates that have moved.
+    def check_finite(self) -> None:
+        """Wait for the device, and raise where a gradient of the steps so far was not finite.
 
-        A zero-dimensional fp32 tensor on the parameters' device, without a device sync.
+        A step on CUDA tells of it one step later, and the last one tells nobody. On the CPU this
+        does nothing, for there a step tells by itself.
+
+        Raises:
+            ValueError: One was.
         """
-        logs, sizes = [], []
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                if state and state["step"]:
-                    own = state["rho"] if group["rho"] == AUTO else torch.tensor(group["rho"])
-                    logs.append(
-                        own.clamp(min=SMALLEST_RHO).to(local(param).device, torch.float32).log()
-                    )
-                    sizes.append(param.numel())
-        if not logs:
-            return torch.zeros(())
-        together = torch.stack([log.to(logs[0].device) for log in logs])
-        return torch.dot(together, together.new_tensor(sizes) / sum(sizes)).exp()
+        plans = self.__dict__.get("_plans", {}).values()
+        if not all([call.was_finite() for plan in plans for call in plan.calls if call.late]):
+            raise ValueError(_LATE)
 
-    @torch.no_grad()
-    def hessian_norm(self) -> torch.Tensor:
-        """Return the L2 norm of h over all parameters, as a zero-dimensional fp32 tensor.
-
-        Where parameters are sharded, all processes call it together.
-        """
-        params = [param for param, state in self.state.items() if state]
-        if not params:
-            return torch.zeros(())
-        norms = [local(self.state[param]["hessian"]).norm() for param in params]
-        return total([norm.to(torch.float32).square() for norm in norms], params).sqrt()
+    def _has_curvature(self, param: torch.Tensor) -> bool:
+        found = local(self.state[param]["hessian"]).count_nonzero()
+        return bool(total([found], [param]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary; the refresh phase follows from the loaded step count.
@@ -575,10 +528,16 @@ class Sophia(BaseOptimizer):
         """
         super().load_state_dict(state_dict)
         self._missed_step = None
+        self._unfilled = {
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if self.state.get(param) and not self._has_curvature(param)
+        }
         # They hold on to the state that was.
         self.__dict__.pop("_plans", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_missed_step", "_warned", "_clipped", "_moved")
+        kept = ("_missed_step", "_warned", "_unfilled", "_clipped", "_moved")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

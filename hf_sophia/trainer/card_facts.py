@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers.modelcard import TASK_MAPPING
 
 from hf_sophia.optim import Adam, RAdam, Sophia
-from hf_sophia.optim.sophia import AUTO
+from hf_sophia.optim.sophia_options import AUTO
 
 _TITLES = {
     "gnb": "Sophia-G (Gauss-Newton-Bartlett)",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_sophia.optim.sophia import AUTO
+from hf_sophia.optim.sophia_options import AUTO
 
 logger = logging.getLogger(__name__)
 

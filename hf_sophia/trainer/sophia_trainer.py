@@ -13,7 +13,7 @@ from transformers.trainer import Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from hf_sophia.optim import NonFiniteHessianError, Sophia
-from hf_sophia.optim.sophia import AUTO
+from hf_sophia.optim.sophia_options import AUTO
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.checkpoints import WholeCheckpointsMixin
 from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
@@ -400,6 +400,12 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             optimizer.repeat_refresh()
             self._left_out = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # A step on CUDA tells of a gradient that was not finite with the next one.
+        if (optimizer := self._sophia) is not None:
+            optimizer.check_finite()
+        return super()._finalize_training(*args, **kwargs)
 
     def _hessian_facts(self) -> dict[str, Any]:
         optimizer = self._sophia

@@ -54,8 +54,8 @@ class TrainerSophia(Sophia):
 
     def _on_missed_refresh(self, due_step: int) -> None:
         raise RuntimeError(
-            f"optim='sophia' reached step {self._next_step} without the Hessian refresh that was"
-            f" due at step {due_step}, and would go on as sign momentum. Train with"
+            f"optim='sophia' would take step {self._current_step} without the Hessian refresh that"
+            f" was due at step {due_step}, as sign momentum. Train with"
             " hf_sophia.SophiaTrainer instead of transformers.Trainer, or put"
             " hf_sophia.SophiaTrainerMixin first among the bases of your Trainer"
         )

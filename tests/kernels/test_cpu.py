@@ -23,7 +23,8 @@ def tensors(dtype=torch.float32, sizes=SIZES):
     generator = torch.Generator().manual_seed(0)
     make = lambda: [torch.randn(size, generator=generator) for size in sizes]  # noqa: E731
     theta, grads = ([x.to(dtype) for x in make()] for _ in range(2))
-    h = [x.square() * (x > 0) for x in make()]  # zero in half of the coordinates
+    # Zero in a fourth of the coordinates and, as Hutchinson's, negative in another.
+    h = [x.abs() * x * ((x > 0) | (x < -0.7)) for x in make()]
     return theta, grads, [0.1 * x for x in make()], h
 
 

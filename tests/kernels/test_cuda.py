@@ -102,3 +102,18 @@ def test_one_launch_updates_a_group(monkeypatch) -> None:
     kernel.update(tensors, 0.3, scalars)
     assert launches[-1][0] == (4,)
     assert launches[-1][2]["BLOCK"] == block
+
+
+def test_a_triton_that_can_not_build_here_is_a_reason(monkeypatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_try_out", refuse)
+    cuda.missing.cache_clear()
+    try:
+        assert "Failed to find C compiler" in cuda.missing()
+        assert kernel_for(torch.device("cuda"), torch.float32) is None
+    finally:
+        cuda.missing.cache_clear()

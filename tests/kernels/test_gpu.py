@@ -14,7 +14,7 @@ SIZES = (1, 2047, 2048, 2049, 100_001)
 def tensors(dtype: torch.dtype, device: str) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     theta, g, m, h = ([torch.randn(size, generator=generator) for size in SIZES] for _ in range(4))
-    h = [x.square() * (x > 0) for x in h]
+    h = [x.abs() * x * ((x > 0) | (x < -0.7)) for x in h]  # also negative, as Hutchinson's
     return [
         [x.to(device, dtype) for x in theta],
         [x.to(device, dtype) for x in g],

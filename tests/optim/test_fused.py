@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_sophia import WeightDecay
-from hf_sophia.kernels import no_kernel_because
+from hf_sophia.kernels import cpu, no_kernel_because
 from hf_sophia.optim import OPTIMIZERS, Adam, RAdam, Sophia
-from hf_sophia.optim.kernel_plan import KernelCall
+from hf_sophia.optim.kernel_plan import KernelCall, KernelPlan
 
 CPU = torch.device("cpu")
 
@@ -65,6 +65,11 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     ]
 
 
+def estimate_of(param: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return an estimate that is also negative in places, as Hutchinson's."""
+    return (torch.rand(param.shape, generator=generator, dtype=torch.float32) - 0.2) ** 3
+
+
 def take_step(optimizer: torch.optim.Optimizer, step: int, only: slice = slice(None)) -> None:
     """Take a step with gradients and estimates of that number."""
     generator = torch.Generator().manual_seed(step)
@@ -72,7 +77,7 @@ def take_step(optimizer: torch.optim.Optimizer, step: int, only: slice = slice(N
     for param in params:
         noise = torch.randn(param.shape, generator=generator)
         param.grad = noise.to(param.dtype)
-    estimates = {p: torch.rand(p.shape, generator=generator).square() for p in params}
+    estimates = {p: estimate_of(p, generator) for p in params}
     for param in set(params) - set(params[only]):
         param.grad = None
     if isinstance(optimizer, Sophia) and optimizer.hessian_due:
@@ -461,13 +466,7 @@ def test_the_default_dtype_does_not_matter(name, dtype) -> None:
             for param in params:
                 param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32)
             if isinstance(optimizer, Sophia) and optimizer.hessian_due:
-                shapes = {p: p.shape for p in params}
-                optimizer.update_hessian(
-                    {
-                        p: torch.rand(shape, generator=generator, dtype=torch.float32).square()
-                        for p, shape in shapes.items()
-                    }
-                )
+                optimizer.update_hessian({p: estimate_of(p, generator) for p in params})
             optimizer.step()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -645,3 +644,96 @@ def test_a_threshold_of_another_dtype_is_read_right() -> None:
         take_step(optimizer, 2)
     assert_alike(*forms)
     assert 0.0 < float(forms[0].clip_fraction()) < 1.0
+
+
+@pytest.fixture
+def late_kernel(monkeypatch) -> None:
+    """The CPU's kernel, telling of what is not finite when it is asked to wait, as on CUDA."""
+    told = cpu.CpuStep.finite
+    seen: dict[int, bool] = {}
+
+    def finite(self, *, wait: bool = False) -> bool:
+        seen[id(self)] = seen.get(id(self), True) and told(self)
+        return seen[id(self)] if wait else True
+
+    monkeypatch.setattr(cpu.CpuStep, "late", True)
+    monkeypatch.setattr(cpu.CpuStep, "finite", finite)
+
+
+@needs_kernel
+def test_what_the_last_step_spoilt_is_not_saved(late_kernel) -> None:
+    optimizer = Sophia(parameters(), lr=0.01, rho=0.1, k=9)
+    take_step(optimizer, 1)
+    optimizer.state_dict()
+    params = optimizer.param_groups[0]["params"]
+    params[0].grad[3] = float("nan")
+    optimizer.step()
+    with pytest.raises(ValueError, match="a gradient of an earlier step held NaN or infinity"):
+        optimizer.state_dict()
+
+
+@needs_kernel
+def test_parameters_that_share_memory_keep_their_plan(monkeypatch) -> None:
+    made = []
+    make = KernelPlan._make
+    monkeypatch.setattr(KernelPlan, "_make", lambda *args: (made.append(1), make(*args)))
+    whole = torch.zeros(10)
+    views = [torch.nn.Parameter(whole[:6]), torch.nn.Parameter(whole[4:])]
+    params = [*views, torch.nn.Parameter(torch.zeros(3))]
+    optimizer = Sophia(params, lr=0.01, k=9)
+    for step in range(1, 6):
+        take_step(optimizer, step)
+    assert len(made) == 1
+    views[1].data = torch.zeros(6)  # moved apart
+    take_step(optimizer, 6)
+    take_step(optimizer, 7)
+    assert len(made) == 2
+    assert not optimizer._plans[0].rest
+
+
+@needs_kernel
+def test_parameters_that_are_gone_are_let_go_of() -> None:
+    params = parameters()
+    optimizer = Sophia([{"params": params[:3]}, {"params": params[3:]}], rho="auto", k=1)
+    take_step(optimizer, 1)
+    gone = weakref.ref(params[3])
+    for param in optimizer.param_groups.pop()["params"]:
+        del optimizer.state[param]
+    del param, params[3:]
+    take_step(optimizer, 2)
+    gc.collect()
+    assert gone() is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", [None, False])
+def test_an_average_beyond_fp32_leaves_a_finite_parameter(form) -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Sophia([param], lr=0.01, k=9, fused=form)
+    optimizer.update_hessian({param: torch.ones(2)})
+    for sign in (1.0, -1.0, -1.0):
+        param.grad = torch.full((2,), sign * 3e38)
+        optimizer.step()
+    assert param.isfinite().all()
+
+
+@needs_kernel
+def test_large_tensors_are_shared_out_among_threads(monkeypatch) -> None:
+    threads = []
+    parallel = cpu._parallel()
+    if parallel is None:
+        pytest.skip("torch was built without GNU OpenMP")
+
+    def watched(step, job, count, flags) -> None:
+        threads.append(count)
+        parallel(step, job, count, flags)
+
+    monkeypatch.setattr(cpu, "_parallel", lambda: watched)
+    param = torch.nn.Parameter(torch.zeros(1_000_000))
+    optimizer = Sophia([param], lr=0.01)
+    torch.set_num_threads(2)
+    try:
+        take_step(optimizer, 1)
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [2]

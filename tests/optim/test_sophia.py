@@ -362,6 +362,42 @@ def test_a_first_step_at_lr_0_does_not_hide_the_missing_hessian() -> None:
         optimizer.step()
 
 
+def test_a_look_at_the_state_before_the_first_step_does_not_skip_its_refresh() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, x, y = classifier()
+    optimizer = Sophia(model.parameters(), lr=0.01, rho=1.0, k=3)
+    get_optimizer_state_dict(model, optimizer)  # takes a step at lr 0 to have a state to look at
+    due = []
+    for _ in range(5):
+        due.append(optimizer.hessian_due)
+        optimizer.zero_grad()
+        logits = model(x)
+        functional.cross_entropy(logits, y).backward(retain_graph=True)
+        optimizer.step(logits=logits)
+    assert due == [True, False, False, True, False]
+    assert all(state["step"] == 5 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_optimizer_whose_state_was_cleared_begins_again(steps) -> None:
+    results = []
+    for before in (0, steps):
+        param = torch.nn.Parameter(torch.zeros(3))
+        optimizer = Sophia([param], lr=0.01, rho=0.5, bias_correction=True, k=10)
+        for step in range(1, before + 4):
+            if step == before + 1:
+                optimizer.state.clear()
+                param.data.zero_()
+                assert optimizer.hessian_due
+            if optimizer.hessian_due:
+                optimizer.update_hessian({param: torch.tensor([1.0, 2.0, 4.0])})
+            param.grad = torch.tensor([0.3, -0.3, 0.3])
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
 def test_distributed_checkpoints_round_trip(tmp_path) -> None:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import (

@@ -122,6 +122,35 @@ def test_the_first_threshold_by_hand(corrected, weight) -> None:
     torch.testing.assert_close(param.detach(), -expected)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_threshold_follows_its_equations_through_refreshes(nesterov) -> None:
+    """In float64, of every coordinate, with weights of one half in the logarithm."""
+    beta1, beta2, target, size = 0.6, 0.8, 0.3, 501
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(size))
+    optimizer = Sophia(
+        [param], lr=1e-3, betas=(beta1, beta2), rho="auto", target_clip_fraction=target, k=2,
+        nesterov=nesterov, bias_correction=True,
+    )  # fmt: skip
+    m, h = torch.zeros(2, size, dtype=torch.float64)
+    rho, refreshes = None, 0
+    for step in range(1, 8):
+        g, estimate = torch.randn(2, size, generator=generator)
+        param.grad = 2.0**step * g
+        m = beta1 * m + (1 - beta1) * param.grad.double()
+        if step % 2:
+            assert optimizer.hessian_due
+            optimizer.update_hessian({param: estimate.square() + 0.1})
+            refreshes += 1
+            h = beta2 * h + (1 - beta2) * (estimate.square() + 0.1).double()
+            ahead = beta1 * m + (1 - beta1) * param.grad.double() if nesterov else m
+            ratios = ahead.abs() / (h / (1 - beta2**refreshes))
+            quantile = ratios.quantile(1 - target).item()
+            rho = quantile if rho is None else (rho * quantile) ** 0.5
+        optimizer.step()
+        assert optimizer.state[param]["rho"].item() == pytest.approx(rho, rel=1e-5)
+
+
 def test_thresholds_are_averaged_in_the_logarithm() -> None:
     old, new = torch.tensor([0.0, 1.0, 4.0, 0.0]), torch.tensor([3.0, 0.0, 1.0, 0.0])
     torch.testing.assert_close(smoothed(old, new), torch.tensor([3.0, 1.0, 2.0, 0.0]))
@@ -275,3 +304,53 @@ def test_quantiles_are_found_in_parts(monkeypatch) -> None:
         take_steps(optimizer, params, generator, 7)
         runs.append([optimizer.state[p]["rho"] for p in params])
     assert torch.equal(*map(torch.stack, runs))
+
+
+def corrected(optimizer: Sophia, param: torch.Tensor) -> torch.Tensor:
+    return optimizer.state[param]["hessian"] / optimizer.param_groups[0]["hessian_weight"]
+
+
+def test_bias_correction_fits_a_parameter_that_joins_later() -> None:
+    old, new, unmoved = (torch.nn.Parameter(torch.zeros(3)) for _ in range(3))
+    optimizer = Sophia([old, new, unmoved], bias_correction=True, k=2)
+    for step in range(1, 16):
+        for param in (old, unmoved):
+            param.grad = torch.ones(3)
+        if step >= 8:  # its state is there before its first estimate
+            new.grad = torch.ones(3)
+        if optimizer.hessian_due:
+            estimates = {old: torch.full((3,), 2.0)}
+            if step >= 8:
+                estimates[new] = torch.full((3,), 5.0)
+            if step == 1:
+                estimates[unmoved] = torch.full((3,), 7.0)  # and left out from then on
+            if step == 9:  # a resumed run goes on alike
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.update_hessian(estimates)
+            torch.testing.assert_close(corrected(optimizer, old), torch.full((3,), 2.0))
+            torch.testing.assert_close(corrected(optimizer, unmoved), torch.full((3,), 7.0))
+            if step >= 8:
+                torch.testing.assert_close(corrected(optimizer, new), torch.full((3,), 5.0))
+        optimizer.step()
+
+
+def test_a_refresh_in_two_calls_is_corrected_alike() -> None:
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = Sophia(params, bias_correction=True)
+    for param in params:
+        optimizer.update_hessian({param: torch.full((2,), 3.0)})
+    for param in params:
+        torch.testing.assert_close(corrected(optimizer, param), torch.full((2,), 3.0))
+
+
+def test_the_mean_threshold_leaves_out_what_has_none_yet() -> None:
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = Sophia(params, rho=0.5)
+    for param in params:
+        param.grad = torch.ones(4)
+    optimizer.update_hessian({param: torch.ones(4) for param in params})
+    optimizer.step()
+    optimizer.param_groups[0]["rho"] = "auto"
+    params[1].grad = None  # frozen since
+    optimizer.step()
+    assert optimizer.mean_rho().item() == pytest.approx(optimizer.state[params[0]]["rho"].item())

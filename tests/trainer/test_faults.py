@@ -13,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sophia import SophiaTrainer
+from hf_sophia import Sophia, SophiaTrainer
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.support import check_wrapped
 
@@ -27,7 +27,7 @@ def test_the_stock_trainer_is_refused_at_its_first_moving_step(tiny_gpt2, tmp_pa
         run(model, tmp_path, trainer_class=Trainer, max_steps=3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, start[name])
-    with pytest.raises(RuntimeError, match="reached step 2 without .* due at step 1"):
+    with pytest.raises(RuntimeError, match="would take step 1 without .* due at step 1"):
         run(
             tiny_gpt2(),
             tmp_path,
@@ -210,3 +210,11 @@ def test_a_trainer_that_makes_its_own_batches_is_refused(tiny_gpt2, tmp_path) ->
 def test_a_fraction_outside_its_range_is_refused(text, tiny_gpt2, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"hessian_batch_fraction must lie in \(0, 1\], got"):
         run(tiny_gpt2(), tmp_path, optim_args=f"hessian_batch_fraction={text}")
+
+
+def test_a_fault_of_the_last_step_ends_the_training(tiny_gpt2, tmp_path, monkeypatch) -> None:
+    """A kernel on CUDA tells of it with the next step, and there is none."""
+    seen = []
+    monkeypatch.setattr(Sophia, "check_finite", lambda self: seen.append(self._next_step))
+    run(tiny_gpt2(), tmp_path, max_steps=2, save_strategy="no")
+    assert seen[-1] == 3

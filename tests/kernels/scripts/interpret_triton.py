@@ -28,7 +28,7 @@ def check(dtype: torch.dtype, nesterov: bool, own: bool, shift: int) -> None:
         return [a.copy_(b) for a, b in zip(wide, tensors, strict=True)]
 
     theta, grads, m = narrow(make()), narrow(make()), make()
-    h = [x.square() * (x > 0) for x in make()]
+    h = [x.abs() * x * ((x > 0) | (x < -0.7)) for x in make()]  # also negative, as Hutchinson's
     s = StepScalars(0.01, 0.99, 0.9, 1e-12, 0.5, nesterov)
     thresholds = [torch.tensor(RHO * 2**i) for i in range(len(SIZES))] if own else RHO
     kernel = cuda.TritonStep(theta, m, h)
@@ -59,9 +59,27 @@ def check(dtype: torch.dtype, nesterov: bool, own: bool, shift: int) -> None:
     assert all(x.isfinite().all() for x in (*theta, *m))
 
 
+def check_the_end_of_fp32() -> None:
+    """An average that becomes infinite is clipped; nothing becomes NaN."""
+    theta, m, h = torch.zeros(5), torch.full((5,), 3e38), torch.ones(5)
+    kernel = cuda.TritonStep([theta], [m], [h])
+    kernel.update([torch.full((5,), -3e38)], RHO, StepScalars(0.01, 1.0, 0.9, 1e-12, 1.0, False))
+    assert m.isinf().all()
+    assert torch.equal(theta, torch.full((5,), 0.01))
+
+
+def check_the_trial() -> None:
+    """What tells whether there is a kernel does not depend on the user's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    cuda._try_out(torch.device("cpu"))
+    torch.set_default_dtype(torch.float32)
+
+
 if __name__ == "__main__":
     assert os.environ["TRITON_INTERPRET"] == "1"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for case in itertools.product(dtypes, (False, True), (False, True), (0, 1)):
         check(*case)
+    check_the_end_of_fp32()
+    check_the_trial()
     print("all agree")
