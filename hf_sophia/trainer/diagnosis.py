@@ -7,8 +7,14 @@ import torch
 
 from hf_sophia.trainer.options import AUTO_DEFAULTS
 
-#: The share to clip that recommendations aim at.
+#: The share to clip that recommendations aim at, unless another one is asked for.
 TARGET: float = AUTO_DEFAULTS["target_clip_fraction"]
+
+#: Sophia's learning rate over AdamW's: a grid that held the best one in this package's studies.
+RATES = (0.25, 0.5, 1.0, 2.0)
+
+#: What part of the others' gradient may be rounding.
+_ROUNDING = 1e-3
 
 #: Thresholds to predict the clipping of.
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -32,19 +38,19 @@ class Sample(NamedTuple):
 
     Args:
         n: What the step divides by h and clips: |m|, with Nesterov's momentum its look ahead.
-        m: |m|, what AdamW divides.
+        m: |m|.
         h: The Hessian, at least eps.
-        square: The mean square of the gradients.
         weight: How many coordinates each of these stands for.
         eps: The bound on h.
+        group: The parameter group of the tensor.
     """
 
     n: torch.Tensor
     m: torch.Tensor
     h: torch.Tensor
-    square: torch.Tensor
     weight: float
     eps: float
+    group: int = 0
 
     @property
     def ratio(self) -> torch.Tensor:
@@ -52,12 +58,17 @@ class Sample(NamedTuple):
         return self.n / self.h
 
     @property
-    def auto_rho(self) -> float | None:
-        """The threshold that `rho=auto` would begin with; None where nothing moves."""
-        moving = self.ratio > 0
-        curved = moving & (self.h > self.eps)
-        counted = self.ratio[curved if curved.any() else moving]
-        return float(counted.quantile(1.0 - TARGET)) if len(counted) else None
+    def flat_share(self) -> float:
+        """Of the coordinates that move, the share whose curvature is at most eps.
+
+        Only those with a gradient worth the name: what stands before a softmax that does not depend
+        on it, as a bias of attention's keys, has one of rounding alone.
+        """
+        curved = self.h > self.eps
+        if not curved.any():
+            return 0.0
+        moving = self.m > _ROUNDING * self.m[curved].median()
+        return float((moving & ~curved).sum() / moving.sum().clamp(min=1))
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,9 @@ class Diagnosis:
         refresh_bytes: Peak memory of a step with one.
         k: Steps between refreshes of the run that was asked for.
         rho: The threshold asked for, a number or `"auto"`; None: another optimizer was.
+        target: The share that `rho=auto` is to clip.
+        rho_scope: What has a threshold of its own then.
+        nesterov: Whether n looks ahead.
         adamw_lr: The learning rate of AdamW to compare with, or None.
         not_fused: Why the optimizer's step is not taken in one pass, with the share of coordinates.
         findings: Errors, warnings and notes.
@@ -107,6 +121,9 @@ class Diagnosis:
     refresh_bytes: int | None = None
     k: int = 10
     rho: float | str | None = None
+    target: float = TARGET
+    rho_scope: str = "tensor"
+    nesterov: bool = AUTO_DEFAULTS["nesterov"]
     adamw_lr: float | None = None
     not_fused: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -122,13 +139,11 @@ class Diagnosis:
         return (self.refresh_seconds / self.plain_seconds - 1.0) / self.k
 
     def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return n / h of all sampled coordinates that move, ascending, and their weights."""
+        """Return n / h of all sampled coordinates that move, and their weights."""
         parts = [part for curvature in self.curvatures for part in curvature.tensors]
         ratios = torch.cat([part.ratio for part in parts])
         weights = torch.cat([torch.full_like(part.n, part.weight) for part in parts])
-        moving = ratios > 0
-        ratios, order = ratios[moving].sort()
-        return ratios, weights[moving][order]
+        return ratios[ratios > 0], weights[ratios > 0]
 
     def clip_fraction(self, rho: float) -> float:
         """Predict the share of the coordinates that move which a threshold would clip."""
@@ -137,29 +152,51 @@ class Diagnosis:
 
     def rho_for(self, clip_fraction: float) -> float:
         """Return the threshold that would clip a share of the coordinates that move."""
-        ratios, weights = self.ratios()
-        below = weights.cumsum(0)
-        place = torch.searchsorted(below, (1.0 - clip_fraction) * below[-1])
-        return float(ratios[place.clamp(max=len(ratios) - 1)])
+        return _quantile(*self.ratios(), 1.0 - clip_fraction)
 
-    def learning_rates(self) -> tuple[float, float] | None:
-        """Return the range to look for a learning rate in, against AdamW's; None: unknown.
+    def fixed_options(self) -> str:
+        """Return options with a number for rho that clips the target's share at first.
 
-        From the rate with which `rho=auto` moves the parameters as far as AdamW does, in the root
-        mean square, up to AdamW's own, which bounds the largest step of a coordinate alike.
+        Those that a number switches off are in it: without them it would clip another share.
+        """
+        nesterov = str(self.nesterov).lower()
+        return f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"
+
+    def auto_rho(self, part: Sample) -> float | None:
+        """Return the threshold that `rho=auto` would begin with; None where nothing moves.
+
+        Args:
+            part: A tensor's sample.
+        """
+        together = [part]
+        if self.rho_scope == "group":
+            every = (other for curvature in self.curvatures for other in curvature.tensors)
+            together = [other for other in every if other.group == part.group]
+        ratios = torch.cat([one.ratio for one in together])
+        weights = torch.cat([torch.full_like(one.n, one.weight) for one in together])
+        curved = torch.cat([one.h > one.eps for one in together])
+        moving = ratios > 0
+        counted = moving & curved if (moving & curved).any() else moving
+        if not counted.any():
+            return None
+        if self.rho_scope == "tensor":
+            return float(ratios[counted].quantile(1.0 - self.target))
+        return _quantile(ratios[counted], weights[counted], 1.0 - self.target)
+
+    def learning_rates(self) -> tuple[float, ...] | None:
+        """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
+
+        A rule of thumb. In this package's studies the best one was AdamW's own or a half of it for
+        language models, and AdamW's own or twice that for a classification of few rows.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
-        ours = theirs = 0.0
-        for curvature in self.curvatures:
-            for part in curvature.tensors:
-                if (rho := part.auto_rho) is None:
-                    continue
-                moving = part.ratio > 0
-                ours += part.weight * float((part.ratio / rho).clamp(max=1.0).square().sum())
-                adamw = part.m[moving].square() / part.square[moving]
-                theirs += part.weight * float(adamw.sum())
-        if not ours:
-            return None
-        matched = self.adamw_lr * (theirs / ours) ** 0.5
-        return min(matched, self.adamw_lr), max(matched, self.adamw_lr)
+        return tuple(rate * self.adamw_lr for rate in RATES)
+
+
+def _quantile(values: torch.Tensor, weights: torch.Tensor, share: float) -> float:
+    """Return the value below which a share of the weights lies."""
+    values, order = values.sort()
+    below = weights[order].cumsum(0)
+    place = torch.searchsorted(below, share * below[-1])
+    return float(values[place.clamp(max=len(values) - 1)])

@@ -23,7 +23,7 @@ from hf_sophia.optim.threshold import CoordinateSample
 from hf_sophia.trainer.diagnosis import Curvature, Diagnosis, Finding, Sample
 from hf_sophia.trainer.findings import judge
 from hf_sophia.trainer.heads import HeadOutput
-from hf_sophia.trainer.options import AUTO_DEFAULTS, constructor_options
+from hf_sophia.trainer.options import AUTO, AUTO_DEFAULTS, constructor_options
 from hf_sophia.trainer.own_pass import undisturbed
 from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
 from hf_sophia.trainer.trainer_sophia import TrainerSophia
@@ -97,6 +97,10 @@ def diagnose(
         if name == "sophia" or isinstance(trainer.optimizer, Sophia):
             diagnosis.rho = asked["rho"]
             diagnosis.k = asked.get("k", diagnosis.k)
+        if diagnosis.rho == AUTO:
+            diagnosis.target = asked.get("target_clip_fraction", diagnosis.target)
+            diagnosis.rho_scope = asked.get("rho_scope", diagnosis.rho_scope)
+        diagnosis.nesterov = asked.get("nesterov", False)
         steps = steps or max(20, round(2.0 / (1.0 - asked["betas"][0])))
         options = asked | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
         with _looking(trainer, options, steps, watch, diagnosis.findings):
@@ -107,7 +111,7 @@ def diagnose(
                     f"{type(trainer).__name__} makes an optimizer of its own, so that"
                     " --optim sophia would have no effect: take its create_optimizer out"
                 )
-            _collect(diagnosis, optimizer, watch, nesterov=asked.get("nesterov", False))
+            _collect(diagnosis, optimizer, watch)
     except Exception as error:
         # Whatever it is would have ended the run.
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
@@ -119,13 +123,12 @@ def diagnose(
 
 
 class _Watch(TrainerCallback):
-    """Times steps, and adds up squared gradients at the sampled coordinates."""
+    """Times steps, and keeps the last gradients at the sampled coordinates."""
 
     def __init__(self, trainer: SophiaTrainerMixin, model: torch.nn.Module) -> None:
         self._trainer = trainer
         self.params = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.samples = {param: CoordinateSample(param) for param in self.params}
-        self.squares: dict[torch.Tensor, torch.Tensor] = {}
         self.last: dict[torch.Tensor, torch.Tensor] = {}
         self.seconds: list[float] = []
         self.bytes: list[int] = []
@@ -148,7 +151,6 @@ class _Watch(TrainerCallback):
         for param, sample in self.samples.items():
             if param.grad is not None:
                 self.last[param] = sample.take(param.grad).float()
-                self.squares[param] = self.squares.get(param, 0.0) + self.last[param].square()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds.append(self._clock() - self._began)
@@ -259,9 +261,7 @@ class _Listener(logging.Handler):
 
 
 @torch.no_grad()
-def _collect(
-    diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch, *, nesterov: bool
-) -> None:
+def _collect(diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch) -> None:
     """Take the sampled coordinates out of the optimizer's state, and the times."""
     if not watch.tokens:
         raise ValueError(
@@ -270,24 +270,23 @@ def _collect(
         )
     steps = len(watch.seconds)
     by_kind: dict[str, Curvature] = {}
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         beta1 = group["betas"][0]
         for param in group["params"]:
             kind = re.sub(r"\.\d+(?=\.|$)", ".*", watch.params[param])
             found = by_kind.setdefault(kind, Curvature(kind, 0, []))
             size = found.size + param.numel()
             by_kind[kind] = Curvature(kind, size, found.tensors)
-            if param not in watch.squares:
+            if param not in watch.last:
                 continue
             sample, state = watch.samples[param], optimizer.state[param]
             m = sample.take(state["exp_avg"]).float() / (1.0 - beta1**steps)
-            n = m.lerp(watch.last[param], 1.0 - beta1) if nesterov else m
+            n = m.lerp(watch.last[param], 1.0 - beta1) if diagnosis.nesterov else m
             h = sample.take(state["hessian"]).float().cpu() / (group["hessian_weight"] or 1.0)
-            square = watch.squares[param].cpu() / steps
             weight = param.numel() / max(sample.size, 1)
             eps = group["eps"]
             h = h.clamp(min=eps)
-            found.tensors.append(Sample(n.abs().cpu(), m.abs().cpu(), h, square, weight, eps))
+            found.tensors.append(Sample(n.abs().cpu(), m.abs().cpu(), h, weight, eps, index))
     diagnosis.curvatures = list(by_kind.values())
     size = sum(curvature.size for curvature in diagnosis.curvatures)
     diagnosis.not_fused = {why: n / size for why, n in optimizer.not_fused().items()}

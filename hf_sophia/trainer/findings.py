@@ -4,14 +4,18 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers.trainer import Trainer
 
-from hf_sophia.trainer.diagnosis import TARGET, Diagnosis, Finding
+from hf_sophia.trainer.diagnosis import Diagnosis, Finding
 from hf_sophia.trainer.health import HEALTHY_CLIPPING
 
 #: What counts as few: predictions in a refresh, refreshes in a run.
 FEW_TOKENS = 256
 FEW_REFRESHES = 20
+
+#: The share of a tensor's moving coordinates without curvature that is worth a word.
+MANY_FLAT = 0.05
 
 #: The bound on the curvature that Sophia has unless the arguments say otherwise.
 _EPS = 1e-12
@@ -77,6 +81,18 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
             " 0. Does the loss reach them other than through the logits, or is the model"
             " that certain?",
         )
+    for curvature in diagnosis.curvatures:
+        worst = max((part.flat_share for part in curvature.tensors), default=0.0)
+        if worst > MANY_FLAT and curvature.kind not in flat:
+            curved = torch.cat([part.h[part.h > part.eps] for part in curvature.tensors])
+            add(
+                "warning",
+                f"{worst:.0%} of the coordinates of {curvature.kind} that move have a Hessian of"
+                f" at most eps={eps:g}, as rows of an embedding do that no refresh has seen. They"
+                " take full steps of lr until m has faded, beside the share that rho=auto clips."
+                f" eps={float(curved.quantile(0.01)):.0e}, the least hundredth of the others'"
+                " Hessian, lets them fade",
+            )
     if min(diagnosis.tokens) < FEW_TOKENS:
         add(
             "warning",
@@ -99,7 +115,7 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
                 f"rho={diagnosis.rho:g} would clip {clipped:.1%} of the coordinates:"
                 f" {'nearly all take sign steps' if clipped > high else 'hardly any is kept'}"
                 f"{'' if clipped > high else ' from a long step'}. rho=auto follows the data,"
-                f" or take rho={diagnosis.rho_for(TARGET):.2g}",
+                f" or take {diagnosis.fixed_options()}",
             )
     steps = _steps_of(trainer)
     if 0 < steps < FEW_REFRESHES * diagnosis.k:

@@ -4,7 +4,7 @@ import statistics
 
 import torch
 
-from hf_sophia.trainer.diagnosis import LADDER, TARGET, Curvature, Diagnosis
+from hf_sophia.trainer.diagnosis import LADDER, Diagnosis
 from hf_sophia.trainer.options import AUTO_DEFAULTS
 
 _QUANTILES = (0.01, 0.5, 0.99)
@@ -23,7 +23,7 @@ def report(diagnosis: Diagnosis) -> str:
     )
     if not diagnosis.failed:
         parts += [
-            f"## Curvature\n\n{_spectrum(diagnosis.curvatures)}",
+            f"## Curvature\n\n{_spectrum(diagnosis)}",
             f"## Clipping\n\n{_ladder(diagnosis)}",
             f"## Recommended\n\n{_recommended(diagnosis)}",
         ]
@@ -57,9 +57,9 @@ def _overview(diagnosis: Diagnosis) -> str:
     return _table(("", ""), lines)
 
 
-def _spectrum(curvatures: list[Curvature]) -> str:
+def _spectrum(diagnosis: Diagnosis) -> str:
     rows = []
-    for curvature in curvatures:
+    for curvature in diagnosis.curvatures:
         if not curvature.tensors:
             rows.append((curvature.kind, f"{curvature.size:,}", *["no gradient"] * 5))
             continue
@@ -67,7 +67,8 @@ def _spectrum(curvatures: list[Curvature]) -> str:
         h = torch.cat([part.h for part in curvature.tensors])
         # By rank: each tensor's sample counts alike among tensors of one kind and size.
         quantiles = h.quantile(torch.tensor(_QUANTILES)).tolist()
-        thresholds = [rho for part in curvature.tensors if (rho := part.auto_rho) is not None]
+        found = (diagnosis.auto_rho(part) for part in curvature.tensors)
+        thresholds = [rho for rho in found if rho is not None]
         rho = statistics.geometric_mean(thresholds) if thresholds else 0.0
         rows.append(
             (
@@ -91,15 +92,14 @@ def _recommended(diagnosis: Diagnosis) -> str:
     defaults = ",".join(f"{name}={value}".lower() for name, value in AUTO_DEFAULTS.items())
     lines = [
         ("options", f"`--optim sophia`, whose defaults are {defaults}"),
-        ("fixed rho that clips as much at first", f"{diagnosis.rho_for(TARGET):.2g}"),
+        (f"a fixed rho that clips {diagnosis.target:.0%} at first", diagnosis.fixed_options()),
     ]
     rates = diagnosis.learning_rates()
     if rates is None:
         lines.append(("learning rate", "unknown; give --adamw-lr to compare with"))
     else:
-        low, high = rates
-        found = f"{low:.1e} to {high:.1e}, against AdamW's {diagnosis.adamw_lr:g}"
-        lines.append(("learning rate", found))
+        grid = ", ".join(f"{rate:.3g}" for rate in rates)
+        lines.append(("learning rate", f"one of {grid}, against AdamW's {diagnosis.adamw_lr:g}"))
     return _table(("", ""), lines)
 
 
