@@ -19,12 +19,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from common.arguments import one_line_errors
 from common.study import Candidate, Study, Trial, read_study
 from common.trials import Records, measure_paces, run_trials
-from common.verdict import Line, learning_rates, plot, table
+from common.verdict import Line, differences, learning_rates, plot, table
 
 import hf_sophia
 
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
         winners = tune(study, records, options.processes)
         lines = run_seeds(study, records, winners, options.processes)
         measure_paces(records, list(winners.values()), options.pace_rounds)
-        lines = [replace(line, pace=pace_of(line, records)) for line in lines]
+        lines = [replace(line, paces=records.paces.get(line.trial.key, ())) for line in lines]
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "recipes/compare_optimizers.py", *arguments])
     write(study, records, lines, output, f"# {options.study.stem}\n\n`{command}`")
@@ -142,11 +141,6 @@ def run_seeds(
     ]
 
 
-def pace_of(line: Line, records: Records) -> float:
-    """Return the median of the line's paces; NaN where there are none."""
-    return median(records.paces.get(line.trial.key) or [math.nan])
-
-
 def write(study: Study, records: Records, lines: list[Line], output: Path, heading: str) -> None:
     """Write table and picture, and print where they lie."""
     ours = [line for line in lines if line.name in study.candidates]
@@ -156,6 +150,8 @@ def write(study: Study, records: Records, lines: list[Line], output: Path, headi
         " deviation.\n",
         table(ours, reference),
     ]
+    if found := differences([record for line in lines for record in line.records]):
+        parts.append(f"These records were made in environments that differ: {found}.\n")
     if study.ablations:
         subject = next(line for line in ours if line.name == study.subject)
         changed = [line for line in lines if line not in ours]

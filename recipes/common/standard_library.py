@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 #: Folders without text worth learning: tests, generated tables, a bundled copy of pip.
 _SKIPPED = {
@@ -58,7 +59,7 @@ def write_splits(folder: Path, splits: Mapping[str, list[dict[str, str]]]) -> di
     """Write rows as one `<split>.jsonl` per split.
 
     A file is only written when its content differs, since a new modification time would make
-    `datasets` prepare it again.
+    `datasets` prepare it again, and in one piece, since runs that start together read it too.
 
     Args:
         folder: Where to write; made if missing.
@@ -73,7 +74,9 @@ def write_splits(folder: Path, splits: Mapping[str, list[dict[str, str]]]) -> di
         paths[split] = folder / f"{split}.jsonl"
         content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         if not paths[split].exists() or paths[split].read_bytes() != content:
-            paths[split].write_bytes(content)
+            draft = folder / f".{split}-{uuid4().hex}"
+            draft.write_bytes(content)
+            draft.replace(paths[split])
     return paths
 
 

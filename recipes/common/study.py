@@ -1,6 +1,7 @@
 """What a comparison of optimizers consists of: read from YAML, checked, turned into trials."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ class Trial:
         arguments: Its command line's options, learning rate and seed among them.
         optim: A name that `--optim` takes, or one of `rivals.RIVALS`.
         optim_args: The optimizer's own options.
-        validation_rows: Rows to evaluate on, spread evenly over the validation split; None: all.
+        validation_rows: About how many rows to evaluate on, every n-th of the validation split and
+            not fewer than these; None: all.
     """
 
     recipe: str
@@ -165,7 +167,7 @@ def _read_candidate(where: str, options: Any, values: dict[str, Any]) -> Candida
     rates = options["learning_rate"]
     if (
         not isinstance(rates, list)
-        or not all(isinstance(rate, int | float) and rate > 0 for rate in rates)
+        or not all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
         or sorted(set(rates)) != rates
         or len(rates) < MIN_LEARNING_RATES
     ):

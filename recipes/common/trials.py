@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+import hf_sophia
 from common.rivals import RIVALS
 from common.study import Trial
 
@@ -278,8 +281,18 @@ def run_trial(trial: Trial) -> Record:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "hf_sophia": _version(),
         },
     )
+
+
+@cache
+def _version() -> str:
+    """Return the package's version and a hash of its sources, which change between versions."""
+    root = Path(hf_sophia.__file__).parent
+    sources = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c"))
+    digest = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return f"{hf_sophia.__version__} {digest[:8]}"
 
 
 def _joined(options: Mapping[str, Any]) -> str:

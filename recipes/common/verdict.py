@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from common.study import Trial
 from common.trials import Record
@@ -19,18 +19,23 @@ class Line:
         name: What to call it.
         trial: The trial of the first seed.
         records: Of all seeds, in their order.
-        pace: Seconds per step, measured in turns with the other lines; NaN where it was not.
+        paces: Seconds per step in each round, in turns with the other lines; empty: not measured.
     """
 
     name: str
     trial: Trial
     records: Sequence[Record]
-    pace: float = math.nan
+    paces: Sequence[float] = ()
 
     @property
     def losses(self) -> list[float]:
         """The best validation loss with each seed; infinite where a run failed."""
         return [record.best for record in self.records]
+
+    @property
+    def pace(self) -> float:
+        """Seconds per step, the median over rounds; NaN where it was not measured."""
+        return median(self.paces) if self.paces else math.nan
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -43,7 +48,8 @@ def table(lines: Sequence[Line], reference: Line) -> str:
     """Make a Markdown table, the lowest loss first.
 
     Steps and wall-clock are those to the reference's best loss of the same seed, over what the
-    reference takes to it. Wall-clock counts steps by the line's pace.
+    reference takes to it. Wall-clock counts steps by the pace: the median over rounds of the ratio
+    to the reference's seconds per step, shown with the least and the largest.
 
     Args:
         lines: What to compare.
@@ -51,8 +57,8 @@ def table(lines: Sequence[Line], reference: Line) -> str:
     """
     rows = [
         f"| optimizer | validation loss | minus {reference.name} | steps | wall-clock | s/step"
-        " | settings |",
-        "|---|---|---|---|---|---|---|",
+        " | pace | settings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for line in sorted(lines, key=lambda line: line.rank):
         ours, theirs = line.losses, reference.losses
@@ -61,7 +67,8 @@ def table(lines: Sequence[Line], reference: Line) -> str:
             f"| {line.name} | {_spread(ours)} | {_spread(gaps, sign=True)}"
             f" | {_ratio(steps_ratios(line, reference))}"
             f" | {_ratio(steps_ratios(line, reference, timed=True))}"
-            f" | {line.pace:.3f} | {settings(line.trial)} |"
+            f" | {line.pace:.3f} | {_range(pace_ratios(line, reference))}"
+            f" | {settings(line.trial)} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -73,6 +80,26 @@ def settings(trial: Trial) -> str:
     return ", ".join(f"{name} {value}" for name, value in {**own, **trial.optim_args}.items())
 
 
+def pace_ratios(line: Line, reference: Line) -> list[float]:
+    """Return the line's seconds per step over the reference's, for each round."""
+    if len(line.paces) != len(reference.paces):
+        return []
+    return [own / other for own, other in zip(line.paces, reference.paces, strict=True)]
+
+
+def differences(records: Sequence[Record]) -> str:
+    """Say in what the environments of records differ; empty: in nothing.
+
+    Losses depend on it a little, and times much.
+    """
+    names = dict.fromkeys(name for record in records for name in record.environment)
+    found = {
+        name: sorted({str(record.environment.get(name, "unknown")) for record in records})
+        for name in names
+    }
+    return "; ".join(f"{name}: {', '.join(v)}" for name, v in found.items() if len(v) > 1)
+
+
 def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[float | None]:
     """Return, for each seed, the steps to the reference's best loss over the reference's own.
 
@@ -81,7 +108,7 @@ def steps_ratios(line: Line, reference: Line, *, timed: bool = False) -> list[fl
         reference: What to compare with.
         timed: Return ratios of wall-clock instead.
     """
-    pace = line.pace / reference.pace if timed else 1.0
+    pace = median(pace_ratios(line, reference) or [math.nan]) if timed else 1.0
     ratios: list[float | None] = []
     for own, other in zip(line.records, reference.records, strict=True):
         steps = own.steps_to(other.best)
@@ -98,6 +125,12 @@ def _spread(values: Sequence[float], *, sign: bool = False) -> str:
     if len(finite) > 1:
         shown += f" ± {stdev(finite):.3f}"
     return shown if len(finite) == len(values) else f"{shown} ({len(finite)} of {len(values)})"
+
+
+def _range(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "unknown"
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _ratio(ratios: Sequence[float | None]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 
 import evaluate
 import pytest
@@ -128,6 +129,27 @@ def test_the_files_are_only_written_when_their_content_changes(tmp_path, monkeyp
     standard_library.write_standard_library(tmp_path)
     assert paths["train"].stat().st_mtime_ns != times["train"]
     assert paths["validation"].stat().st_mtime_ns == times["validation"]
+
+
+def test_runs_that_start_together_never_read_half_a_file(tmp_path) -> None:
+    contents = [{"train": [{"text": letter * 1_000_000}]} for letter in "ab"]
+    (path,) = standard_library.write_splits(tmp_path, contents[0]).values()
+    whole = {path.stat().st_size}
+    done = Event()
+
+    def write_again() -> None:
+        for turn in range(1, 30):
+            standard_library.write_splits(tmp_path, contents[turn % 2])
+        done.set()
+
+    writer = Thread(target=write_again)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(len(path.read_bytes()))
+    writer.join()
+    assert seen == whole
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_near_duplicates_of_training_text_are_not_held_out(monkeypatch) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from common import trials as trials_module
 from common.study import Trial, read_study
 from common.trials import PACE_STEPS, Record, Records, measure_paces, run_trial
-from common.verdict import Line, plot, steps_ratios, table
+from common.verdict import Line, differences, plot, steps_ratios, table
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -104,6 +104,11 @@ def landscape(monkeypatch) -> list[Trial]:
         ),
         (
             {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 2, 3]}}},
+            "at least 4 values > 0 in ascending order",
+        ),
+        (
+            # An upper edge that would never be the best.
+            {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 2, 3, float("inf")]}}},
             "at least 4 values > 0 in ascending order",
         ),
         (
@@ -206,7 +211,7 @@ def test_steps_are_counted_between_evaluations_and_failures_never_win() -> None:
     failed = record(trial, [0.5], failure="ValueError: NaN")
     assert failed.best == float("inf")
     assert record(trial, [float("nan"), 2.5]).best == 2.5
-    reference, other = Line("a", trial, [slow], pace=1.0), Line("b", trial, [fast], pace=2.0)
+    reference, other = Line("a", trial, [slow], paces=[1.0]), Line("b", trial, [fast], paces=[2.0])
     assert steps_ratios(other, reference) == [pytest.approx(50 / 3 / 40)]
     assert steps_ratios(other, reference, timed=True) == [pytest.approx(2 * 50 / 3 / 40)]
     rows = table([reference, other, Line("c", trial, [failed])], reference).splitlines()
@@ -230,10 +235,32 @@ def test_what_diverged_is_said_and_spoils_nothing(tmp_path) -> None:
     assert plot([none], tmp_path / "q.png", "t").exists()
 
 
+def test_a_pace_is_compared_within_its_rounds() -> None:
+    """The machine was twice as slow in the second round, for both."""
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
+    one = record(trial, [5.0, 4.0])
+    reference = Line("a", trial, [one], paces=[1.0, 2.0, 1.0])
+    other = Line("b", trial, [one], paces=[1.5, 1.6, 1.2])
+    assert steps_ratios(other, reference, timed=True) == [pytest.approx(1.2)]
+    assert "| 1.20 (0.80 to 1.50) |" in table([reference, other], reference)
+
+
+def test_environments_that_differ_are_told_of() -> None:
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
+    ours, theirs = record(trial, [1.0]), record(trial, [1.0])
+    assert differences([ours, theirs]) == ""
+    ours = replace(ours, environment={"threads": 1, "torch": "2"})
+    theirs = replace(theirs, environment={"threads": 2, "torch": "2"})
+    assert differences([ours, theirs]) == "threads: 1, 2"
+    # Of records from before it was noted.
+    noted = replace(ours, environment={**ours.environment, "hf_sophia": "1 ab"})
+    assert differences([ours, noted]) == "hf_sophia: 1 ab, unknown"
+
+
 def test_times_that_were_not_measured_together_are_not_compared() -> None:
     trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
     one = record(trial, [5.0, 4.0])
-    timed, other = Line("a", trial, [one], pace=0.5), Line("b", trial, [one])
+    timed, other = Line("a", trial, [one], paces=[0.5]), Line("b", trial, [one])
     rows = table([timed, other], timed)
     assert "| 1.00 | unknown |" in rows
     assert "| 1.00 | 1.00 |" in rows
