@@ -65,10 +65,11 @@ def main() -> None:
                 raise SystemExit(f"--batch {options.batch} can't be cut into {accumulation}")
             summary = measure(size, accumulation, options)
             results[f"{size}, accumulation {accumulation}"] = summary
+            # As it grows: a run that is stopped keeps what it has measured.
+            write(options.output, options.device, vars(options), results)
             print(f"\nGPT-2 {size}, {accumulation} micro-batches, k = {options.k}")
             for name, row in summary.items():
                 print(f"{name:22s} {row['seconds'] * 1e3:9.1f} ms  {row['overhead']:7.2%}")
-    write(options.output, options.device, vars(options), results)
 
 
 def measure(size: str, accumulation: int, options: argparse.Namespace) -> dict[str, dict]:

@@ -11,8 +11,8 @@ import argparse
 import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +104,41 @@ def ways(params: list[torch.nn.Parameter], wanted: Callable[[str], bool]) -> dic
     return {name: make() for name, make in makers.items() if wanted(name)}
 
 
-def limit(params: list[torch.nn.Parameter], pool: ThreadPoolExecutor, threads: int) -> Way:
-    """Return a pass over as much memory as Sophia's step, by as many threads."""
-    function = compiled(Path(__file__).with_name("limit.c")).limit
-    function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64]
-    m, h = ([torch.zeros_like(param) for param in params] for _ in range(2))
-    work = []  # with the tensors, whose memory would be gone otherwise
-    for tensors in zip(params, [param.grad for param in params], m, h, strict=True):
-        size = tensors[0].numel()
-        part = -(-size // threads)
-        for first in range(0, size, part):
-            places = [tensor.data_ptr() + 4 * first for tensor in tensors]
-            work.append((*places, min(part, size - first), tensors))
+class _Job(ctypes.Structure):
+    """The `job` of limit.c."""
 
-    def once() -> None:
-        if threads == 1:
-            for *job, _ in work:
-                function(*job)
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("theta", "grad", "m", "h", "size", "first_chunk")),
+        *((name, ctypes.c_int64) for name in ("tensors", "next")),
+    )
+
+
+#: How torch starts threads, where it was built with GNU OpenMP.
+_PARALLEL = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+
+#: Elements of a chunk, as limit.c has them.
+_CHUNK = 16384
+
+
+def limit(params: list[torch.nn.Parameter], threads: int) -> Way:
+    """Return a pass over as much memory as Sophia's step, by as many of torch's threads."""
+    function = compiled(Path(__file__).with_name("limit.c")).limit
+    function.argtypes, function.restype = (ctypes.c_void_p,), None
+    m, h = ([torch.zeros_like(param) for param in params] for _ in range(2))
+    tensors = (params, [param.grad for param in params], m, h)
+    sizes = [param.numel() for param in params]
+    first_chunk = [0, *accumulate(-(-size // _CHUNK) for size in sizes)]
+    tables = [torch.tensor([tensor.data_ptr() for tensor in same]) for same in tensors]
+    tables += [torch.tensor(sizes), torch.tensor(first_chunk)]
+    job = _Job(*(table.data_ptr() for table in tables), tensors=len(sizes))
+    start = _PARALLEL if threads > 1 else None
+
+    def once(held: object = (tensors, tables)) -> None:
+        job.next = 0
+        if start is None:
+            function(ctypes.byref(job))
         else:
-            list(pool.map(lambda job: function(*job[:-1]), work))
+            start(function, ctypes.byref(job), threads, 0)
 
     return once
 
@@ -173,9 +189,9 @@ def main() -> None:
             params = parameters(size, options.device, getattr(torch, options.dtype))
             with ExitStack() as stack:
                 found = ways(params, wanted)
-                if options.device == "cpu" and options.dtype == "float32":
-                    pool = stack.enter_context(ThreadPoolExecutor(threads))
-                    found["memory limit"] = limit(params, pool, threads)
+                limited = options.device == "cpu" and options.dtype == "float32"
+                if limited and (threads == 1 or _PARALLEL):
+                    found["memory limit"] = limit(params, threads)
                 elif options.device != "cpu":
                     found["device copy"] = device_copy(params)
                 for package in ("labml-nn", "pytorch_optimizer") if options.peers else ():
@@ -185,6 +201,8 @@ def main() -> None:
                     )
                 summary = ratios(take_turns(found, options.rounds, options.device), REFERENCE)
             results[f"{size}, {threads} threads"] = summary
+            # As it grows: a run that is stopped keeps what it has measured.
+            write(options.output, options.device, vars(options), results)
             count = sum(param.numel() for param in params)
             print(f"\n{size}: {count:,} parameters, {threads} threads, {options.dtype}")
             for name, row in sorted(summary.items(), key=lambda item: item[1]["ratio"]):
@@ -193,7 +211,6 @@ def main() -> None:
                 print(
                     f"{name:26s} {milliseconds:9.3f} ms  {row['ratio']:6.3f} ({low:.3f}-{high:.3f})"
                 )
-    write(options.output, options.device, vars(options), results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Python's own standard library, byte by byte.
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -45,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", default="5M", choices=SIZES)
     parser.add_argument("--steps", type=int, default=40, help="Steps that count (default 40)")
     parser.add_argument("--skip", type=int, default=10, help="Steps before them (default 10)")
-    parser.add_argument("--rounds", type=int, default=3, help="Runs of each (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="Runs of each (default 5)")
     parser.add_argument("--batch", type=int, default=8, help="Sequences at a time (default 8)")
     parser.add_argument("--length", type=int, default=128, help="Tokens a sequence (default 128)")
     parser.add_argument("--accumulation", type=int, default=1)
@@ -139,14 +140,17 @@ def main() -> None:
         print("result " + json.dumps(run(options)))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
-    for _ in range(options.rounds):
-        for name, runs in found.items():
+    for turn in range(options.rounds):
+        # In another order each time, as in take_turns.
+        for name, runs in random.Random(turn).sample(list(found.items()), len(found)):
             command = [sys.executable, *sys.argv, "--worker", name]
             result = subprocess.run(command, capture_output=True, text=True)
             lines = [line for line in result.stdout.splitlines() if line.startswith("result ")]
             if result.returncode or not lines:
                 raise SystemExit(f"{name} failed:\n{result.stderr[-3000:]}")
             runs.append(json.loads(lines[-1].removeprefix("result ")))
+            # As it grows: a run that is stopped keeps what it has measured.
+            write(options.output, options.device, vars(options), found)
     reference = found["adamw_torch_fused"]
     for name, runs in found.items():
         pairs = list(zip(runs, reference, strict=True))
@@ -160,7 +164,6 @@ def main() -> None:
             f"  {runs[0]['peak bytes'] / 2**20:8,.0f} MiB x {peak:.3f}"
             f"  loss {runs[-1]['last loss']:.3f}"
         )
-    write(options.output, options.device, vars(options), found)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_the_refreshs_overhead_is_measured(tmp_path) -> None:
 def test_samplers_are_measured(tmp_path) -> None:
     options = ("--rows=8", "--classes", "2", "30", "--rounds=1")
     assert measured("sampler.py", tmp_path, *options).keys() == {"8 x 2", "8 x 30"}
+
+
+def test_the_noise_of_the_hessian_is_measured(tmp_path) -> None:
+    sizes = ("--layers=1", "--width=16", "--steps=4", "--batch=16", "--length=16")
+    results = measured("hessian_noise.py", tmp_path, *sizes, "--reference=60", "--refreshes=20")
+    assert results.keys() == {"1", "0.5", "0.25", "0.125", "0.0625"}
+    # The square of a normal variable has a relative error of sqrt(2), whatever the batch's size;
+    # an average of 20 with weights of 0.95^n has 0.23 of that, and the reference 0.13.
+    assert 0.9 < results["1"]["one"] < 2.0
+    assert all(row["average"] < 0.6 * row["one"] for row in results.values())
+    assert all(0.0 <= row["far off"] <= 1.0 for row in results.values())
 
 
 def test_whole_runs_are_measured(tmp_path) -> None:
@@ -127,3 +139,43 @@ def test_quoted_figures_are_the_committed_ones() -> None:
                 figure = results[column][name][field]
                 expected = f"{figure:.1%}" if cell.endswith("%") else f"{figure:.2f}"
                 assert cell == expected, (file, name, column)
+    (rows,) = re.findall(r"<!-- hessian_noise_cpu.json -->\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    noise = json.loads((ROOT / "benchmarks/results/hessian_noise_cpu.json").read_text())["results"]
+    for row, found in zip(rows.splitlines(), noise.values(), strict=True):
+        shown = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        one, average, far = found["one"], found["average"], found["far off"]
+        assert shown == [f"{one:.2f}", f"{average:.2f}", f"{far:.1%}"]
+    (rows,) = re.findall(r"<!-- train_cpu.json -->\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    runs = json.loads((ROOT / "benchmarks/results/train_cpu.json").read_text())["results"]
+    for row in rows.splitlines():
+        name, *shown = (cell.strip() for cell in row.strip("|").split("|"))
+        for cell, key in zip(shown, ("tokens a second", "peak bytes"), strict=True):
+            pairs = zip(runs[name], runs["adamw_torch_fused"], strict=True)
+            ratio = statistics.median(own[key] / other[key] for own, other in pairs)
+            assert cell.split()[-1] == f"{ratio:.3f}", (name, key)
+
+
+def test_the_evidence_is_what_the_studies_wrote() -> None:
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    written = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "benchmarks" / "results" / "study").glob("*/table.md")
+    )
+    quoted = re.findall(r"(?<=\| )[+-]?\d\.\d{3} ± \d\.\d{3}(?= \|)", text)
+    assert len(quoted) > 30
+    assert [figure for figure in quoted if f"| {figure} |" not in written] == []
+
+
+def test_the_guides_overheads_are_the_committed_ones() -> None:
+    text = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks/results/refresh_cpu.json").read_text())["results"]
+    rows = {
+        "kept graph, whole batch": "kept graph",
+        "own pass on the whole batch": "own pass, 1",
+        "own pass on 1/2": "own, 1/2",
+        "own pass on 1/4, the default": "own, 1/4",
+        "own pass on 1/8": "own, 1/8",
+    }
+    for shown, name in rows.items():
+        figure = results["5M, accumulation 1"][name]["overhead"]
+        assert f"| {shown} | {100 * figure:.1f} % |" in text
