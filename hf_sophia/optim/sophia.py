@@ -1,7 +1,8 @@
 """Sophia: a momentum step preconditioned by a diagonal Hessian and clipped per coordinate."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,11 @@ _LATE = (
 )
 
 
+# With these, map looks at each of many tensors without a line of Python.
+_step_of, _rho_of = itemgetter("step"), itemgetter("rho")
+_device_of, _dtype_of = attrgetter("device"), attrgetter("dtype")
+
+
 class NonFiniteHessianError(ValueError):
     """A Hessian estimate holds NaN or infinity; the optimizer is as it was before."""
 
@@ -44,6 +50,14 @@ class NonFiniteHessianError(ValueError):
 def _hessian_weight(group: Group) -> float:
     """Return what h is divided by: with bias correction, how much of the average is filled."""
     return (group["hessian_weight"] or 1.0) if group["bias_correction"] else 1.0
+
+
+def _have_thresholds(states: Sequence[State], devices: Sequence[torch.device]) -> bool:
+    """Whether all have a threshold in fp32 on their device."""
+    if not all(["rho" in state for state in states]):
+        return False
+    rhos = list(map(_rho_of, states))
+    return list(map(_device_of, rhos)) == devices and set(map(_dtype_of, rhos)) <= {torch.float32}
 
 
 class Sophia(OwnEstimates, SophiaMetrics):
@@ -206,7 +220,7 @@ class Sophia(OwnEstimates, SophiaMetrics):
 
     @property
     def _next_step(self) -> int:
-        return 1 + max((state["step"] for state in self.state.values()), default=0)
+        return 1 + max(map(_step_of, self.state.values()), default=0)
 
     @property
     def hessian_due(self) -> bool:
@@ -467,15 +481,14 @@ class Sophia(OwnEstimates, SophiaMetrics):
         rho = batch.group["rho"]
         if rho != AUTO:
             return float(rho)
-        for param, state in zip(batch.params, batch.states, strict=True):
-            device = local(param).device
-            if "rho" not in state:
-                state["rho"] = torch.zeros((), dtype=torch.float32, device=device)
-            elif state["rho"].dtype is not torch.float32 or state["rho"].device != device:
+        devices = list(map(_device_of, batch.params))
+        if not _have_thresholds(batch.states, devices):
+            for device, state in zip(devices, batch.states, strict=True):
+                rho = state.get("rho", torch.zeros(()))
                 # Of a float64 parameter's checkpoint, or left behind by a parameter that moved:
                 # a kernel would read something else at its address.
-                state["rho"] = state["rho"].to(device, torch.float32)
-        return [state["rho"] for state in batch.states]
+                state["rho"] = rho.to(device, torch.float32)
+        return list(map(_rho_of, batch.states))
 
     def _update(
         self, theta: torch.Tensor, grad: torch.Tensor, state: State, group: Group
@@ -490,7 +503,7 @@ class Sophia(OwnEstimates, SophiaMetrics):
         if group["rho"] != AUTO or not batch.params:
             return False
         # A run that had a number until now does not wait for the next refresh.
-        new = group["hessian_weight"] > 0.0 and not all("rho" in state for state in batch.states)
+        new = group["hessian_weight"] > 0.0 and not all(["rho" in state for state in batch.states])
         return new or group["refreshed_step"] == self._current_step
 
     def state_dict(self) -> dict[str, Any]:
