@@ -1,12 +1,14 @@
 """The CPU kernel against the equations in float64, at every size, border and option."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hf_sophia.kernels import StepScalars, cpu
+from hf_sophia.kernels import StepScalars, compilation, cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing() or "-")
 
@@ -161,3 +163,24 @@ def test_a_threshold_of_zero_is_a_sign_step() -> None:
     kernel.update(grads, [torch.tensor(0.0)], s)
     torch.testing.assert_close(theta[0], before - 0.01 * m[0].sign(), **TWO_ROUNDINGS)
     assert kernel.clipped == 1000
+
+
+def test_every_loop_over_elements_is_vectorised(tmp_path) -> None:
+    compiler = compilation._compiler()
+    if "Free Software Foundation" not in compilation._run([*compiler, "--version"]).stdout:
+        pytest.skip("only GCC says so in a way that this reads")
+    source = Path(cpu.__file__).with_name("sophia.c")
+    loops = {
+        number
+        for number, line in enumerate(source.read_text().splitlines(), start=1)
+        if re.match(r"\s*for \(int64_t i = 0; i < n; i\+\+\)", line)
+    }
+    assert len(loops) == 4
+    said = compilation._run(
+        [
+            *(*compiler, *compilation.FLAGS, "-fopt-info-vec-optimized"),
+            *(str(source), "-o", str(tmp_path / "sophia.so")),
+        ]
+    ).stderr
+    done = {int(number) for number in re.findall(r"sophia\.c:(\d+):\d+: .*loop vectorized", said)}
+    assert done == loops
