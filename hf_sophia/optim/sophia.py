@@ -190,7 +190,6 @@ class Sophia(OwnEstimates, SophiaMetrics):
         self._missed_step: int | None = None
         self._warned = False
         # The parameters whose h has had no estimate yet.
-        self._unfilled: set[torch.Tensor] = set()
         self._clipped = []
         self._moved = 0
         super().__init__(params, options, weight_decay, defaults, fused)
@@ -213,14 +212,15 @@ class Sophia(OwnEstimates, SophiaMetrics):
         # Groups taken from another optimizer bring its options, but its Hessian is not theirs.
         super().add_param_group({**param_group, "refreshed_step": 0, "hessian_weight": 0.0})
 
-    _optional_state: ClassVar[frozenset[str]] = frozenset({"rho"})
+    _optional_state: ClassVar[frozenset[str]] = frozenset({"rho", "refreshed"})
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "hessian")
 
     @property
     def _next_step(self) -> int:
-        return 1 + max(map(_step_of, self.state.values()), default=0)
+        # Whoever looks up the state of a parameter that has none leaves an empty one.
+        return 1 + max(map(_step_of, filter(None, self.state.values())), default=0)
 
     @property
     def hessian_due(self) -> bool:
@@ -230,7 +230,9 @@ class Sophia(OwnEstimates, SophiaMetrics):
 
     def _notice_lost_state(self) -> None:
         """Begin again where `state` was cleared: h is gone, whatever the groups say of it."""
-        if not self.state and any(group["hessian_weight"] for group in self.param_groups):
+        if not any(self.state.values()) and any(
+            group["hessian_weight"] for group in self.param_groups
+        ):
             for group in self.param_groups:
                 group["refreshed_step"], group["hessian_weight"] = 0, 0.0
 
@@ -307,19 +309,20 @@ class Sophia(OwnEstimates, SophiaMetrics):
         group["hessian_weight"] = beta2 * before + 1.0 - beta2
         if group["bias_correction"] and before > 0.0:
             for param, hessian, estimate in zip(params, hessians, estimates, strict=True):
-                if param in self._unfilled:
+                if not self.state[param]["refreshed"]:
                     hessian.copy_(estimate).mul_(before)
             given = set(params)
             rest = [p for p in group["params"] if p not in given and self.state.get(p)]
             if rest:
                 left_out = [local(self.state[param]["hessian"]) for param in rest]
                 torch._foreach_mul_(left_out, group["hessian_weight"] / before)
-        self._unfilled.difference_update(params)
+        for param in params:
+            self.state[param]["refreshed"] = True
 
     def _state_of(self, param: torch.Tensor, group: Group) -> State:
         if not self.state[param]:
-            self._unfilled.add(param)
-        return super()._state_of(param, group)
+            super()._state_of(param, group)["refreshed"] = False  # h holds no estimate yet
+        return self.state[param]
 
     def repeat_refresh(self) -> None:
         """Make the refresh of the next step due again, for when it was left out by `{}`.
@@ -541,16 +544,14 @@ class Sophia(OwnEstimates, SophiaMetrics):
         """
         super().load_state_dict(state_dict)
         self._missed_step = None
-        self._unfilled = {
-            param
-            for group in self.param_groups
-            for param in group["params"]
-            if self.state.get(param) and not self._has_curvature(param)
-        }
+        for param, state in self.state.items():
+            # Older state dictionaries do not say.
+            if state and "refreshed" not in state:
+                state["refreshed"] = self._has_curvature(param)
         # They hold on to the state that was.
         self.__dict__.pop("_plans", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_missed_step", "_warned", "_unfilled", "_clipped", "_moved")
+        kept = ("_missed_step", "_warned", "_clipped", "_moved")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

@@ -117,9 +117,25 @@ def test_state_is_whole_whichever_call_comes_first() -> None:
         calls = [lambda o=optimizer, p=param: o.update_hessian({p: torch.ones(2)}), optimizer.step]
         for call in calls if refresh_first else reversed(calls):
             call()
-            assert set(optimizer.state[param]) == {"step", "exp_avg", "hessian"}
+            assert set(optimizer.state[param]) == {"step", "exp_avg", "hessian", "refreshed"}
         assert optimizer.state[param]["hessian"].dtype == torch.float32
         assert optimizer.hessian_norm() > 0
+
+
+@pytest.mark.parametrize("rho", [0.1, "auto"])
+def test_whoever_looks_up_a_state_that_is_not_there_changes_nothing(rho) -> None:
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = Sophia(params, rho=rho, k=1)
+    for _ in range(3):
+        for param in params:
+            assert not optimizer.state[param] or optimizer.state[param]["step"]
+        params[0].grad = torch.ones(2)  # the other is frozen
+        assert optimizer.hessian_due
+        optimizer.update_hessian({params[0]: torch.ones(2)})
+        optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.hessian_due
+    assert [len(optimizer.state[param]) for param in params] == [4 + (rho == "auto"), 0]
 
 
 def test_the_hessian_average_does_not_stick_in_bf16() -> None:

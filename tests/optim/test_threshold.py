@@ -334,6 +334,38 @@ def test_bias_correction_fits_a_parameter_that_joins_later() -> None:
         optimizer.step()
 
 
+def test_a_first_estimate_of_zero_counts_after_a_load_too() -> None:
+    # As LoRA's A has, whose B begins at 0. Later estimates tell whether it counted.
+    param, other = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = Sophia([param, other], bias_correction=True, k=1)
+    for step, value in enumerate([0.0, 4.0, 4.0, 4.0], start=1):
+        for each in (param, other):
+            each.grad = torch.ones(3)
+        if step == 2:
+            loaded = Sophia([param, other], bias_correction=True, k=1)
+            loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for one in (optimizer, loaded) if step >= 2 else (optimizer,):
+            one.update_hessian({param: torch.full((3,), value), other: torch.ones(3)})
+        optimizer.step()
+    assert optimizer.state[param]["hessian"].min() > 0.0
+    assert torch.equal(optimizer.state[param]["hessian"], loaded.state[param]["hessian"])
+
+
+def test_a_state_dictionary_that_does_not_say_whether_h_holds_an_estimate() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = Sophia(params, bias_correction=True, k=1)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.update_hessian({params[1]: torch.ones(3)})
+    optimizer.step()
+    older = optimizer.state_dict()
+    assert [older["state"][index].pop("refreshed") for index in (0, 1)] == [False, True]
+    optimizer.load_state_dict(older)
+    optimizer.update_hessian({param: torch.full((3,), 2.0) for param in params})
+    torch.testing.assert_close(corrected(optimizer, params[0]), torch.full((3,), 2.0))
+    assert corrected(optimizer, params[1]).max() < 2.0
+
+
 def test_a_refresh_in_two_calls_is_corrected_alike() -> None:
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     optimizer = Sophia(params, bias_correction=True)
