@@ -10,6 +10,7 @@ wrong or slow. Nothing of the script after that runs. From Python: `hf_sophia.di
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.steps is not None and options.steps < 4:
         parser.error(f"--steps must be at least 4, got {options.steps}")
-    if options.adamw_lr is not None and not options.adamw_lr > 0:
-        parser.error(f"--adamw-lr must be > 0, got {options.adamw_lr}")
+    if options.adamw_lr is not None and not 0 < options.adamw_lr < math.inf:
+        parser.error(f"--adamw-lr must be > 0 and finite, got {options.adamw_lr}")
     path = script_path(options.script)
 
     from transformers.trainer import Trainer
@@ -74,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     inject()
     Trainer.train = examine
-    run_script(path, [options.script, *options.arguments])
+    try:
+        run_script(path, [options.script, *options.arguments])
+    except SystemExit as exit_:
+        # A script may well end so, with 0; that it has not trained is the answer here.
+        if exit_.code not in (None, 0):
+            raise
     sys.exit("hf-sophia doctor: the script ended without training")
 
 

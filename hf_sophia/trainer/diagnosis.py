@@ -10,7 +10,8 @@ from hf_sophia.trainer.options import AUTO_DEFAULTS
 #: The share to clip that recommendations aim at, unless another one is asked for.
 TARGET: float = AUTO_DEFAULTS["target_clip_fraction"]
 
-#: Sophia's learning rate over AdamW's: a grid that held the best one in this package's studies.
+#: Sophia's learning rate over AdamW's: a grid that held the best one for rho=auto in this package's
+#: studies.
 RATES = (0.25, 0.5, 1.0, 2.0)
 
 #: What part of the others' gradient may be rounding.
@@ -98,7 +99,8 @@ class Diagnosis:
         curvatures: One for each kind of parameter.
         plain_seconds: The median time of a step without a refresh; NaN where none was taken.
         refresh_seconds: The median time of a step with one.
-        plain_bytes: Peak memory of a step without a refresh; None on a CPU, which does not tell.
+        plain_bytes: Peak memory of a step without a refresh; None on a CPU, whose allocator keeps
+            what was freed, so that peaks tell nothing.
         refresh_bytes: Peak memory of a step with one.
         k: Steps between refreshes of the run that was asked for.
         rho: The threshold asked for, a number or `"auto"`; None: another optimizer was.
@@ -138,25 +140,28 @@ class Diagnosis:
         """The share of a plain step's time that refreshes add to the average step."""
         return (self.refresh_seconds / self.plain_seconds - 1.0) / self.k
 
-    def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return n / h of all sampled coordinates that move, and their weights."""
-        parts = [part for curvature in self.curvatures for part in curvature.tensors]
-        ratios = torch.cat([part.ratio for part in parts])
-        weights = torch.cat([torch.full_like(part.n, part.weight) for part in parts])
-        return ratios[ratios > 0], weights[ratios > 0]
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of all tensors that a gradient reaches."""
+        return [part for curvature in self.curvatures for part in curvature.tensors]
 
     def clip_fraction(self, rho: float) -> float:
         """Predict the share of the coordinates that move which a threshold would clip."""
-        ratios, weights = self.ratios()
+        ratios = torch.cat([part.ratio for part in self.samples])
+        weights = torch.where(ratios > 0, _weights(self.samples), 0.0)
         return float(weights[ratios >= rho].sum() / weights.sum())
 
     def rho_for(self, clip_fraction: float) -> float:
-        """Return the threshold that would clip a share of the coordinates that move."""
-        return _quantile(*self.ratios(), 1.0 - clip_fraction)
+        """Return the threshold that would clip a share of the coordinates that move.
+
+        Of those that have curvature: the others are clipped by any threshold worth its name.
+        """
+        return _quantile(*_counted(self.samples), 1.0 - clip_fraction)
 
     def fixed_options(self) -> str:
         """Return options with a number for rho that clips the target's share at first.
 
+        That share of what has curvature, as with `rho=auto`.
         Those that a number switches off are in it: without them it would clip another share.
         """
         nesterov = str(self.nesterov).lower()
@@ -170,28 +175,40 @@ class Diagnosis:
         """
         together = [part]
         if self.rho_scope == "group":
-            every = (other for curvature in self.curvatures for other in curvature.tensors)
-            together = [other for other in every if other.group == part.group]
-        ratios = torch.cat([one.ratio for one in together])
-        weights = torch.cat([torch.full_like(one.n, one.weight) for one in together])
-        curved = torch.cat([one.h > one.eps for one in together])
-        moving = ratios > 0
-        counted = moving & curved if (moving & curved).any() else moving
-        if not counted.any():
+            together = [other for other in self.samples if other.group == part.group]
+        ratios, weights = _counted(together)
+        if not len(ratios):
             return None
         if self.rho_scope == "tensor":
-            return float(ratios[counted].quantile(1.0 - self.target))
-        return _quantile(ratios[counted], weights[counted], 1.0 - self.target)
+            return float(ratios.quantile(1.0 - self.target))
+        return _quantile(ratios, weights, 1.0 - self.target)
 
     def learning_rates(self) -> tuple[float, ...] | None:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
-        A rule of thumb. In this package's studies the best one was AdamW's own or a half of it for
-        language models, and AdamW's own or twice that for a classification of few rows.
+        A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own or a
+        half of it for language models, and AdamW's own or twice that for a classification of few
+        rows. With a number for rho and the paper's step a language model wanted far less, a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
         return tuple(rate * self.adamw_lr for rate in RATES)
+
+
+def _counted(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return n / h of the coordinates that a threshold is chosen by, and their weights.
+
+    Those that move and have curvature; where none has, those that move.
+    """
+    ratios = torch.cat([part.ratio for part in samples])
+    moving = ratios > 0
+    curved = moving & torch.cat([part.h > part.eps for part in samples])
+    counted = curved if curved.any() else moving
+    return ratios[counted], _weights(samples)[counted]
+
+
+def _weights(samples: list[Sample]) -> torch.Tensor:
+    return torch.cat([torch.full_like(part.n, part.weight) for part in samples])
 
 
 def _quantile(values: torch.Tensor, weights: torch.Tensor, share: float) -> float:

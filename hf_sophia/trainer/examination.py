@@ -7,6 +7,7 @@ run's first steps, from which the clipping for any rho follows.
 
 import copy
 import logging
+import math
 import re
 import statistics
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.threshold import CoordinateSample
@@ -30,6 +32,9 @@ from hf_sophia.trainer.trainer_sophia import TrainerSophia
 
 #: Steps between refreshes while looking: half of the steps have one, half show what is extra.
 _K = 2
+
+#: Of these, the first two allocate.
+_FEWEST = 4
 
 #: The betas that Sophia has unless the arguments say otherwise.
 _BETAS = (0.9, 0.95)
@@ -47,7 +52,8 @@ def diagnose(
     Args:
         trainer: A `SophiaTrainer` or another with the mixin, on one process, that has not trained.
         steps: Optimizer steps to take, at least 4; None: 20, or `2 / (1 - beta1)` where that is
-            more, after which the noise of m is what it will be in training.
+            more, after which the noise of m is what it will be in training; of a stream no more
+            than the run's `max_steps`.
         adamw_lr: A learning rate that is known to be good for AdamW; None: the one of the
             arguments, where they name an AdamW.
 
@@ -56,7 +62,7 @@ def diagnose(
 
     Raises:
         ValueError: The Trainer has no mixin, is one of several processes, or has no data; or there
-            are too few steps.
+            are too few steps; adamw_lr is no learning rate.
     """
     if not isinstance(trainer, SophiaTrainerMixin):
         raise ValueError(
@@ -70,8 +76,10 @@ def diagnose(
         )
     if trainer.train_dataset is None:
         raise ValueError("the Trainer has no train_dataset to take batches from")
-    if steps is not None and steps < 4:
-        raise ValueError(f"steps must be at least 4, got {steps}")
+    if adamw_lr is not None and not 0.0 < adamw_lr < math.inf:
+        raise ValueError(f"adamw_lr must be > 0 and finite, got {adamw_lr}")
+    if steps is not None and steps < _FEWEST:
+        raise ValueError(f"steps must be at least {_FEWEST}, got {steps}")
     name = getattr(trainer.args.optim, "value", trainer.args.optim)
     model = trainer.accelerator.unwrap_model(trainer.model)
     size = sum(param.numel() for param in model.parameters() if param.requires_grad)
@@ -101,7 +109,12 @@ def diagnose(
             diagnosis.target = asked.get("target_clip_fraction", diagnosis.target)
             diagnosis.rho_scope = asked.get("rho_scope", diagnosis.rho_scope)
         diagnosis.nesterov = asked.get("nesterov", False)
-        steps = steps or max(20, round(2.0 / (1.0 - asked["betas"][0])))
+        if size == 0:
+            raise ValueError(
+                "the model has no parameter to train: requires_grad is False for all of them."
+                " Unfreeze what shall train"
+            )
+        steps = steps or _enough_steps(asked["betas"][0], trainer)
         options = asked | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
         with _looking(trainer, options, steps, watch, diagnosis.findings):
             trainer.train()
@@ -120,6 +133,19 @@ def diagnose(
     if not diagnosis.failed:
         judge(diagnosis, trainer, name, asked)
     return diagnosis
+
+
+def _enough_steps(beta1: float, trainer: SophiaTrainerMixin) -> int:
+    """Return the steps after which m is as noisy as in training, if there are rows for them.
+
+    Args:
+        beta1: What m keeps in a step.
+        trainer: What takes the steps.
+    """
+    enough, most = max(20, round(2.0 / (1.0 - beta1))), trainer.args.max_steps
+    if has_length(trainer.train_dataset) or most <= 0:
+        return enough
+    return max(_FEWEST, min(enough, most))  # a stream may have just the rows of the run
 
 
 class _Watch(TrainerCallback):

@@ -48,7 +48,11 @@ def _overview(diagnosis: Diagnosis) -> str:
         extra = max(diagnosis.overhead, 0.0)
         time = f"a step {plain}, with a refresh {refresh}: {extra:.1%} at k={diagnosis.k}"
         lines.append(("time", time))
-        memory = "only measured on a CUDA device"
+        size = sum(curvature.size for curvature in diagnosis.curvatures)
+        memory = (
+            f"with a refresh about {4 * size / 2**20:+,.1f} MiB expected, the sums in fp32; it is"
+            " measured on a CUDA device only"
+        )
         if diagnosis.plain_bytes is not None and diagnosis.refresh_bytes is not None:
             step = diagnosis.plain_bytes / 2**20
             more = diagnosis.refresh_bytes / 2**20 - step
@@ -92,14 +96,22 @@ def _recommended(diagnosis: Diagnosis) -> str:
     defaults = ",".join(f"{name}={value}".lower() for name, value in AUTO_DEFAULTS.items())
     lines = [
         ("options", f"`--optim sophia`, whose defaults are {defaults}"),
-        (f"a fixed rho that clips {diagnosis.target:.0%} at first", diagnosis.fixed_options()),
+        (
+            f"a fixed rho that clips {diagnosis.target:.0%} of what has curvature",
+            diagnosis.fixed_options(),
+        ),
     ]
     rates = diagnosis.learning_rates()
     if rates is None:
         lines.append(("learning rate", "unknown; give --adamw-lr to compare with"))
     else:
         grid = ", ".join(f"{rate:.3g}" for rate in rates)
-        lines.append(("learning rate", f"one of {grid}, against AdamW's {diagnosis.adamw_lr:g}"))
+        lines.append(
+            (
+                "learning rate",
+                f"with rho=auto one of {grid}, against AdamW's {diagnosis.adamw_lr:g}",
+            )
+        )
     return _table(("", ""), lines)
 
 

@@ -1,6 +1,7 @@
 """What the doctor says of a run, and that the run does not notice."""
 
 import copy
+import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -8,7 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_sophia import Sophia, SophiaTrainer, diagnose
 from hf_sophia.trainer.report import report
@@ -94,6 +101,43 @@ def test_the_recommended_number_clips_what_it_says(nesterov, tiny_gpt2, tmp_path
     # The gradients' noise goes through m from step to step; what is held against a false option
     # is a factor: without the correction the first steps clip 0.6 and more.
     assert statistics.mean(logged[20:]) == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_recommended_number_is_not_that_of_rows_without_curvature(tmp_path) -> None:
+    """Most rows of such an embedding and head are in no refresh, and hold a ratio beyond 1e6."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=2000, n_positions=12, n_embd=8, n_layer=1, n_head=2,
+            bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    rows = torch.randint(2000, (256, 12), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = trainer_of(model, tmp_path, data=data, optim_args="rho=auto")
+    found = diagnose(trainer)
+    assert found.clip_fraction(1e4) > 0.1
+    rho = found.rho_for(0.1)
+    assert rho < 100.0
+    assert f"rho={rho:.2g}," in found.fixed_options()
+    curved = [part.n[part.h > part.eps] / part.h[part.h > part.eps] for part in found.samples]
+    weights = [torch.full_like(n, p.weight) for n, p in zip(curved, found.samples, strict=True)]
+    ratios, weights = torch.cat(curved), torch.cat(weights)
+    share = weights[ratios >= rho].sum() / weights[ratios > 0].sum()
+    assert share.item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_no_more_steps_are_taken_than_the_run_has(tiny_gpt2, tmp_path) -> None:
+    options = {"per_device_train_batch_size": 2, "max_steps": 5}
+    trainer = trainer_of(tiny_gpt2(), tmp_path, data=Rows(dataset()[:10]), **options)
+    found = diagnose(trainer)
+    assert not found.failed
+    assert len(found.tokens) == 3
+
+
+def test_a_model_with_nothing_to_train_is_told_of(tiny_gpt2, tmp_path) -> None:
+    trainer = trainer_of(tiny_gpt2().requires_grad_(False), tmp_path)
+    assert "requires_grad is False for all" in messages(diagnose(trainer), "error")[0]
 
 
 def test_the_thresholds_are_those_that_auto_begins_with(tiny_gpt2, tmp_path) -> None:
@@ -291,6 +335,8 @@ def test_what_cant_be_examined_is_refused(tiny_gpt2, tmp_path, monkeypatch) -> N
     trainer = trainer_of(tiny_gpt2(), tmp_path)
     with pytest.raises(ValueError, match="steps must be at least 4, got 3"):
         diagnose(trainer, steps=3)
+    with pytest.raises(ValueError, match="adamw_lr must be > 0 and finite, got inf"):
+        diagnose(trainer, adamw_lr=math.inf)
     trainer.train_dataset = None
     with pytest.raises(ValueError, match="no train_dataset"):
         diagnose(trainer)
@@ -310,6 +356,12 @@ def test_the_report_shows_each_kind_of_parameter(tiny_gpt2, tmp_path) -> None:
     assert found.overhead == pytest.approx(
         (found.refresh_seconds - found.plain_seconds) / found.plain_seconds / 10
     )
+
+
+def test_on_a_cpu_the_memory_that_is_expected_is_told(tiny_gpt2, tmp_path) -> None:
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path))
+    size = sum(param.nbytes for param in tiny_gpt2().parameters()) / 2**20
+    assert f"with a refresh about +{size:,.1f} MiB expected" in report(found)
 
 
 @pytest.mark.gpu

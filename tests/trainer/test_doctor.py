@@ -67,8 +67,11 @@ def test_a_run_that_would_fail_is_told_by_the_exit_code(run_doctor) -> None:
     assert "Recommended" not in ended.stdout
 
 
-def test_a_script_that_does_not_train_is_an_error(run_doctor) -> None:
-    ended = run_doctor()
+@pytest.mark.parametrize("last_line", ["", "sys.exit(0)"])
+def test_a_script_that_does_not_train_is_an_error(run_doctor, tmp_path, last_line) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(f"{SCRIPT}{last_line}\n")
+    ended = run_doctor(script=script)
     assert ended.returncode == 1
     assert ended.stderr.strip().endswith("hf-sophia doctor: the script ended without training")
 
@@ -77,7 +80,8 @@ def test_a_script_that_does_not_train_is_an_error(run_doctor) -> None:
     ("argv", "message"),
     [
         (["--steps", "3", "x.py"], "--steps must be at least 4, got 3"),
-        (["--adamw-lr", "0", "x.py"], "--adamw-lr must be > 0, got 0.0"),
+        (["--adamw-lr", "0", "x.py"], "--adamw-lr must be > 0 and finite, got 0.0"),
+        (["--adamw-lr", "inf", "x.py"], "--adamw-lr must be > 0 and finite, got inf"),
         (["no_such.py"], "no such file"),
         ([], "the following arguments are required: script"),
     ],
