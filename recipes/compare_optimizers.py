@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common.arguments import one_line_errors
 from common.study import Candidate, Study, Trial, read_study
-from common.trials import Records, measure_paces, run_trials
+from common.trials import Record, Records, measure_paces, run_trials
 from common.verdict import Line, differences, learning_rates, plot, table
 
 import hf_sophia
@@ -115,6 +115,17 @@ def tune(study: Study, records: Records, processes: int) -> dict[str, Trial]:
     return {name: min(trials, key=lambda t: records[t].best) for name, trials in tried.items()}
 
 
+def tuning(study: Study, records: Records) -> list[Record]:
+    """Return the records that the winners were chosen by."""
+    seed = study.seeds[0]
+    found = []
+    for candidate in study.candidates.values():
+        best = candidate.at(best_rate(candidate, records, seed), seed)
+        found += [records[candidate.at(rate, seed)] for rate in candidate.learning_rates]
+        found += [records[best.changed(**variant)] for variant in candidate.variants]
+    return found
+
+
 def best_rate(candidate: Candidate, records: Records, seed: int) -> float:
     """Return the learning rate with the lowest loss."""
     return min(candidate.learning_rates, key=lambda rate: records[candidate.at(rate, seed)].best)
@@ -150,7 +161,9 @@ def write(study: Study, records: Records, lines: list[Line], output: Path, headi
         " deviation.\n",
         table(ours, reference),
     ]
-    if found := differences([record for line in lines for record in line.records]):
+    if found := differences(
+        [*tuning(study, records), *(r for line in lines for r in line.records)]
+    ):
         parts.append(f"These records were made in environments that differ: {found}.\n")
     if study.ablations:
         subject = next(line for line in ours if line.name == study.subject)

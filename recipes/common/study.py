@@ -9,6 +9,13 @@ from typing import Any
 
 from common.arguments import read_yaml
 
+#: Options of a recipe that belong to an optimizer. All others are the same for all: the data, their
+#: order, the initialisation, the schedule and the budget.
+OWN_ARGUMENTS = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+
+#: How a step's rows are cut into micro-batches, which an ablation may change, but not their number.
+_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
 #: Learning rates that each optimizer is tried with, at least.
 MIN_LEARNING_RATES = 4
 
@@ -152,7 +159,9 @@ def read_study(path: Path) -> Study:
     if ablations and not values.get("subject"):
         raise ValueError(f"{path}: ablations need a subject, the optimizer that they change")
     for name, change in ablations.items():
-        _check_change(f"{path}: ablations.{name}", change)
+        where = f"{path}: ablations.{name}"
+        _check_change(where, change, _CUT)
+        _check_rows(where, {**values["arguments"], **change.get("arguments", {})}, values)
     if not values["seeds"] or len(set(values["seeds"])) < len(values["seeds"]):
         raise ValueError(f"{path}: seeds must be different numbers, got {values['seeds']}")
     return Study(
@@ -180,8 +189,7 @@ def _read_candidate(where: str, options: Any, values: dict[str, Any]) -> Candida
         raise ValueError(f"{where}: variants must be a list, got {variants!r}")
     for variant in variants:
         _check_change(f"{where}: variants", variant)
-    for name in ("arguments", "optim_args"):
-        _check_mapping(f"{where}: {name}", options.get(name, {}))
+    _check_change(where, {name: options.get(name, {}) for name in ("arguments", "optim_args")})
     base = Trial(
         values["recipe"],
         {**values["arguments"], **options.get("arguments", {})},
@@ -194,10 +202,30 @@ def _read_candidate(where: str, options: Any, values: dict[str, Any]) -> Candida
     return Candidate(base, tuple(rates), tuple(variants))
 
 
-def _check_change(where: str, change: Any) -> None:
+def _check_change(where: str, change: Any, more: Collection[str] = ()) -> None:
     _check_names(where, change, set(), {"optim_args", "arguments"})
     for name, options in change.items():
         _check_mapping(f"{where}.{name}", options)
+    if shared := sorted(change.get("arguments", {}).keys() - {*OWN_ARGUMENTS, *more}):
+        raise ValueError(
+            f"{where}: {', '.join(shared)} must be the same for all optimizers: put it into the"
+            f" study's own arguments (an optimizer's are {', '.join(OWN_ARGUMENTS)})"
+        )
+    if "lr" in change.get("optim_args", {}):
+        raise ValueError(f"{where}: optim_args must not hold lr, which learning_rate is a grid of")
+
+
+def _check_rows(where: str, arguments: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    size, accumulation = _CUT
+
+    def rows(given: Mapping[str, Any]) -> int:
+        return given.get(size, 8) * given.get(accumulation, 1)  # the Trainer's defaults
+
+    if rows(arguments) != rows(values["arguments"]):
+        raise ValueError(
+            f"{where}: {' times '.join(_CUT)} must stay {rows(values['arguments'])},"
+            f" got {rows(arguments)}"
+        )
 
 
 def _check_mapping(where: str, values: Any) -> None:

@@ -94,12 +94,14 @@ class Records:
         except BlockingIOError:
             raise ValueError(f"another study is writing to {path}") from None
         self._records: dict[str, Record] = {}
-        #: Seconds per step by trial, in runs that took turns.
+        #: Seconds per step by trial, in runs that took turns, and what they were measured with.
         self.paces: dict[str, list[float]] = {}
+        self.paced_with: dict[str, Any] = {}
         if path.exists():
             try:
                 whole = json.loads(path.read_text(encoding="utf-8"))
                 rows, self.paces = whole["records"], whole.get("paces", {})
+                self.paced_with = whole.get("paced_with", {})
                 records = [
                     Record(**{**row, "evaluations": tuple(map(tuple, row["evaluations"]))})
                     for row in rows
@@ -121,25 +123,40 @@ class Records:
         return len(self._records)
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
-        """Return the trials that have no record yet, each once."""
+        """Return the trials that have no record yet, each once.
+
+        One that failed has a record, but with other code it may not fail.
+        """
         unique = {trial.key: trial for trial in trials}
-        return [trial for key, trial in unique.items() if key not in self._records]
+        return [
+            trial
+            for key, trial in unique.items()
+            if key not in self._records or self._failed_elsewhere(self._records[key])
+        ]
+
+    def _failed_elsewhere(self, record: Record) -> bool:
+        return bool(record.failure) and not code(record.trial["recipe"]).items() <= (
+            record.environment.items()
+        )
 
     def add(self, record: Record) -> None:
         """Add a record and write them all."""
         self._records[Trial(**record.trial).key] = record
         self._write()
 
-    def set_paces(self, paces: Mapping[str, list[float]]) -> None:
+    def set_paces(self, paces: Mapping[str, list[float]], environment: Mapping[str, Any]) -> None:
         """Replace all paces, since only those that were measured together can be compared."""
-        self.paces = dict(paces)
+        self.paces, self.paced_with = dict(paces), dict(environment)
         self._write()
 
     def _write(self) -> None:
         lines = ",\n".join(json.dumps(asdict(r)) for r in self._records.values())
         new = self._path.with_suffix(".new")
-        paces = json.dumps(self.paces, indent=1)
-        new.write_text(f'{{"records": [\n{lines}\n],\n"paces": {paces}}}\n', encoding="utf-8")
+        paces, code = json.dumps(self.paces, indent=1), json.dumps(self.paced_with)
+        new.write_text(
+            f'{{"records": [\n{lines}\n],\n"paced_with": {code},\n"paces": {paces}}}\n',
+            encoding="utf-8",
+        )
         os.replace(new, self._path)
 
 
@@ -174,11 +191,13 @@ def measure_paces(records: Records, trials: Sequence[Trial], rounds: int) -> Non
     Whole runs are hours apart, and what else a machine does in between shows in their times.
 
     Args:
-        records: Where paces are kept; nothing is run where they are there for all trials.
+        records: Where paces are kept; nothing is run where they are there for all trials, measured
+            with this code.
         trials: The trials.
         rounds: Runs of each.
     """
-    if all(len(records.paces.get(trial.key, ())) >= rounds for trial in trials):
+    measured = all(len(records.paces.get(trial.key, ())) >= rounds for trial in trials)
+    if rounds == 0 or (measured and records.paced_with == code(trials[0].recipe)):
         return
     short = {"max_steps": PACE_STEPS, "eval_strategy": "no", "warmup_steps": 1}
     paces: dict[str, list[float]] = {trial.key: [] for trial in trials}
@@ -192,7 +211,7 @@ def measure_paces(records: Records, trials: Sequence[Trial], rounds: int) -> Non
                 pace = math.nan if record.failure else record.seconds / record.steps
                 paces[trial.key].append(pace)
                 print(f"round {turn + 1} of {rounds}  {pace:.3f} s/step  {trial.optim}", flush=True)
-    records.set_paces(paces)
+    records.set_paces(paces, code(trials[0].recipe))
 
 
 def _start_worker(threads: int) -> None:
@@ -281,18 +300,31 @@ def run_trial(trial: Trial) -> Record:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "hf_sophia": _version(),
+            **code(trial.recipe),
         },
     )
 
 
 @cache
-def _version() -> str:
-    """Return the package's version and a hash of its sources, which change between versions."""
-    root = Path(hf_sophia.__file__).parent
-    sources = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c"))
-    digest = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    return f"{hf_sophia.__version__} {digest[:8]}"
+def code(recipe: str) -> dict[str, str]:
+    """Return hashes of the code that a trial's result depends on, which changes between versions.
+
+    Args:
+        recipe: The recipe's module.
+    """
+    package = Path(hf_sophia.__file__).parent
+    common = Path(__file__).parent
+    elsewhere = {common / f"{name}.py" for name in ("study", "trials", "verdict")}
+    own = [common.parent / f"{recipe}.py", *(set(common.glob("*.py")) - elsewhere)]
+    sources = [path for path in package.rglob("*") if path.suffix in (".py", ".c")]
+    return {
+        "hf_sophia": f"{hf_sophia.__version__} {_hash(sources)}",
+        "recipe": f"{recipe} {_hash(own)}",
+    }
+
+
+def _hash(files: Iterable[Path]) -> str:
+    return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
 
 
 def _joined(options: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from common.study import Trial
+from common.study import OWN_ARGUMENTS, Trial
 from common.trials import Record
 from hf_sophia.trainer.picture import new_figure
 
@@ -75,8 +75,8 @@ def table(lines: Sequence[Line], reference: Line) -> str:
 
 def settings(trial: Trial) -> str:
     """Say what a candidate's best trial was set to."""
-    own = {k: v for k, v in trial.arguments.items() if k in ("learning_rate", "weight_decay")}
-    own |= {k: v for k, v in trial.arguments.items() if k.startswith("adam_")}
+    shown = ("learning_rate", *OWN_ARGUMENTS)
+    own = {name: value for name, value in trial.arguments.items() if name in shown}
     return ", ".join(f"{name} {value}" for name, value in {**own, **trial.optim_args}.items())
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from common import trials as trials_module
 from common.study import Trial, read_study
-from common.trials import PACE_STEPS, Record, Records, measure_paces, run_trial
+from common.trials import PACE_STEPS, Record, Records, code, measure_paces, run_trial
 from common.verdict import Line, differences, plot, steps_ratios, table
 
 
@@ -49,6 +49,10 @@ def record(trial: Trial, losses: list[float], seconds: float = 1.0, failure=None
     return Record(asdict(trial), evaluations, 10 * len(losses), seconds, failure, {})
 
 
+def candidate(**options) -> dict:
+    return {"optim": "a", "learning_rate": [1, 2, 3, 4], **options}
+
+
 @pytest.fixture
 def landscape(monkeypatch) -> list[Trial]:
     """Replace training by a formula: the best rate is 2, k = 5 helps, and seeds differ a little."""
@@ -63,7 +67,8 @@ def landscape(monkeypatch) -> list[Trial]:
             records.add(record(trial, [9.0, loss]))
 
     def paces(records: Records, trials, rounds: int) -> None:
-        records.set_paces({t.key: [0.1 + 0.1 * (t.optim == "sophia")] * rounds for t in trials})
+        paces = {t.key: [0.1 + 0.1 * (t.optim == "sophia")] * rounds for t in trials}
+        records.set_paces(paces, {})
 
     monkeypatch.setattr(compare_optimizers, "run_trials", fake)
     monkeypatch.setattr(compare_optimizers, "measure_paces", paces)
@@ -101,6 +106,26 @@ def landscape(monkeypatch) -> list[Trial]:
         (
             {"optimizers": {"a": {"optim": "a", "learning_rate": [1, 2, 3, 4], "optim_args": "k"}}},
             "optim_args: wanted",
+        ),
+        (
+            {"optimizers": {"a": candidate(arguments={"max_steps": 9, "weight_decay": 0.1})}},
+            "optimizers.a: max_steps must be the same for all optimizers",
+        ),
+        (
+            {"optimizers": {"a": candidate(variants=[{"arguments": {"data_seed": 7}}])}},
+            "variants: data_seed must be the same",
+        ),
+        (
+            {"optimizers": {"a": candidate(variants=[{"optim_args": {"lr": 99}}])}},
+            "optim_args must not hold lr",
+        ),
+        (
+            {"ablations": {"k": {"arguments": {"learning_rate": 99}}}},
+            "ablations.k: learning_rate must be the same",
+        ),
+        (
+            {"ablations": {"k": {"arguments": {"gradient_accumulation_steps": 4}}}},
+            "ablations.k: per_device_train_batch_size times gradient_accumulation_steps must stay",
         ),
         (
             {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 2, 3]}}},
@@ -283,7 +308,7 @@ def test_paces_are_measured_in_turns_and_once(tmp_path, monkeypatch) -> None:
             return future
 
     monkeypatch.setattr(trials_module, "ProcessPoolExecutor", Pool)
-    trials = [Trial("r", {"learning_rate": 1.0, "seed": 1}, name, {}) for name in "abc"]
+    trials = [Trial("pretrain_gpt2", {"learning_rate": 1.0, "seed": 1}, name, {}) for name in "abc"]
     records = Records(tmp_path / "results.json")
     for _ in range(2):
         measure_paces(records, trials, 2)
@@ -296,6 +321,27 @@ def test_paces_are_measured_in_turns_and_once(tmp_path, monkeypatch) -> None:
     assert all(map(math.isnan, again.paces[trials[1].key]))
     measure_paces(again, trials, 3)
     assert len(ran) == 6 + 9  # more rounds are measured anew, all together
+    monkeypatch.setattr(trials_module, "code", lambda recipe: {"hf_sophia": "another"})
+    measure_paces(again, trials, 3)
+    assert len(ran) == 6 + 9 + 9  # and all with other code
+
+
+def test_a_failure_of_other_code_is_tried_again(tmp_path) -> None:
+    good, bad, elsewhere = (
+        Trial("pretrain_gpt2", {"learning_rate": 1.0, "seed": 1}, name, {}) for name in "abc"
+    )
+    records = Records(tmp_path / "results.json")
+    records.add(record(good, [1.0]))
+    failed = record(bad, [], failure="ValueError: NaN")
+    records.add(replace(failed, environment=code("pretrain_gpt2")))
+    records.add(record(elsewhere, [], failure="ValueError: NaN"))
+    assert records.missing([good, bad, elsewhere]) == [elsewhere]
+
+
+def test_records_know_the_code_that_they_depend_on(tmp_path, monkeypatch) -> None:
+    hashes = {name: code(name) for name in ("pretrain_gpt2", "finetune_seq2seq")}
+    assert len({found["hf_sophia"] for found in hashes.values()}) == 1
+    assert len({found["recipe"] for found in hashes.values()}) == 2
 
 
 def test_an_optimizer_that_always_fails_is_no_edge(write, tmp_path, monkeypatch) -> None:
