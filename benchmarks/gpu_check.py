@@ -48,9 +48,9 @@ def parts(device: str, output: Path) -> dict[str, tuple[list[str], int]]:
         print("steps of 1B parameters are left out: they need 100 GB that are free")
     sizes = ["--sizes", "124M", *(["1B"] if room else [])]
     sizes = sizes if gpu else ["--sizes", "0.4M", "--rounds", "1"]
-    size = "124M" if gpu else "tiny"
-    refresh = ["--sizes", size] + (["--batch", "16", "--length", "1024"] if gpu else ["--rounds=1"])
-    train = ["--size", size, "--bf16", "--learning_rate", "6e-4"]
+    whole = ["--batch", "8", "--length", "1024", "--rounds", "5"]
+    refresh = [*sizes, *whole] if gpu else ["--sizes", "tiny", "--rounds=1"]
+    train = ["--size", "124M" if gpu else "tiny", "--bf16", "--learning_rate", "6e-4"]
     train += (
         ["--batch", "16", "--length", "1024", "--steps", "300", "--rounds", "1"]
         if gpu
@@ -58,12 +58,13 @@ def parts(device: str, output: Path) -> dict[str, tuple[list[str], int]]:
     )
     mark = "gpu" if gpu else "gpu and not gpu"
     return {
-        "tests": ([*python, "-m", "pytest", "-q", "-m", mark, str(HERE.parent / "tests")], 140),
+        "tests": ([*python, "-m", "pytest", "-q", "-m", mark, str(HERE.parent / "tests")], 130),
         "tune": ([*python, __file__, "--device", device, "--output", str(output), "--tune"], 40),
         "step fp32": (script("step fp32", *sizes, *fused), 50),
         "step bf16": (script("step bf16", *sizes, *fused, "--dtype", "bfloat16"), 50),
-        "refresh": (script("refresh", *refresh, "--bf16"), 80),
-        "train": (script("train", *train), 120),
+        "refresh bf16": (script("refresh bf16", *refresh, "--bf16"), 70),
+        "refresh fp32": (script("refresh fp32", *refresh), 70),
+        "train": (script("train", *train), 100),
     }
 
 

@@ -30,6 +30,7 @@ SIZES = {
     "5M": (4, 256, 8192),
     "29M": (6, 512, 20000),
     "124M": (12, 768, 50257),
+    "1B": (24, 1792, 50257),
 }
 
 #: The share of the batch that has a pass of its own.
@@ -79,13 +80,14 @@ def measure(size: str, accumulation: int, options: argparse.Namespace) -> dict[s
     config = GPT2Config(
         n_layer=layers,
         n_embd=width,
-        n_head=4,
+        n_head=max(width // 64, 1),
         vocab_size=vocabulary,
         n_positions=options.length,
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config).to(options.device).train()
+    with torch.device(options.device):
+        model = GPT2LMHeadModel(config).train()
     shape = (accumulation, options.batch // accumulation, options.length)
     ids = torch.randint(vocabulary, shape, device=options.device)
     batches = [{"input_ids": part, "labels": part} for part in ids]
