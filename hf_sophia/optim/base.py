@@ -265,8 +265,8 @@ class BaseOptimizer(Optimizer):
 
     def _refuse_gradient(self, param: torch.Tensor) -> NoReturn:
         raise ValueError(
-            f"the gradient of {self._describe(param)} holds NaN or infinity; no parameter was"
-            " changed. Call zero_grad() and leave this batch out, lower the learning rate or, in"
+            f"the gradient of {self._describe(param)} holds NaN or infinity; the step was"
+            " not taken. Call zero_grad() and leave this batch out, lower the learning rate or, in"
             " fp16, step through a GradScaler"
         )
 
