@@ -160,13 +160,40 @@ def test_quoted_figures_are_the_committed_ones() -> None:
 
 def test_the_evidence_is_what_the_studies_wrote() -> None:
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    written = "".join(
-        path.read_text(encoding="utf-8")
-        for path in (ROOT / "benchmarks" / "results" / "study").glob("*/table.md")
-    )
-    quoted = re.findall(r"(?<=\| )[+-]?\d\.\d{3} ± \d\.\d{3}(?= \|)", text)
-    assert len(quoted) > 30
-    assert [figure for figure in quoted if f"| {figure} |" not in written] == []
+    tables = (ROOT / "benchmarks" / "results" / "study").glob("*/table.md")
+    written = [row for path in tables for row in rows_of(path.read_text(encoding="utf-8"))]
+    quoted = [row for row in rows_of(text) if re.match(r"\d\.\d{3} ± ", row.get("validation loss", ""))]
+    assert len(quoted) > 15
+    for row in quoted:
+        row = {name: re.sub(r" in (\w+) of 3", r" (\1 of 3)", cell) for name, cell in row.items()}
+        row = {name: cell.replace("one of", "1 of").replace("two of", "2 of") for name, cell in row.items()}
+        gap = next((cell for name, cell in row.items() if name.startswith("minus ")), "")
+        found = [
+            own
+            for own in written
+            if own["validation loss"] == row["validation loss"]
+            and (not gap or gap in own.values())
+            and own["steps"] in (row.get("steps", own["steps"]), f"{row.get('steps')}.00")
+            and own["wall-clock"] in (row.get("time", own["wall-clock"]), f"{row.get('time')}.00")
+            and ("lr" not in row or f"learning_rate {float(row['lr'].split()[0].rstrip(',:')):g}" in own["settings"])
+        ]
+        assert found, row
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    """Return the rows of all Markdown tables of a text, by the names of their columns."""
+    rows, names = [], None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            names = None
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        cells = [cell.strip("| ") for cell in cells]
+        if names is None:
+            names = cells
+        elif not set(line) <= set("|- "):
+            rows.append(dict(zip(names, cells, strict=False)))
+    return rows
 
 
 def test_the_guides_overheads_are_the_committed_ones() -> None:

@@ -37,7 +37,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
     whole = run(tiny_gpt2(resid_pdrop=0.1), tmp_path / "run", **options)
     checkpoint = tmp_path / "run" / f"checkpoint-{saved_at}"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    names = {"step", "exp_avg", "hessian"} | ({"rho"} if "auto" in way else set())
+    names = {"step", "exp_avg", "hessian", "refreshed"} | ({"rho"} if "auto" in way else set())
     assert set(saved["state"][0]) == names
 
     recorder = Recorder()
@@ -55,7 +55,8 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
         assert torch.equal(one, other)
         states = [sophia_of(t).state[p] for t, p in ((whole, one), (resumed, other))]
         assert states[0]["step"] == states[1]["step"] == 30
-        for name in names - {"step"}:
+        assert states[0]["refreshed"] and states[1]["refreshed"]
+        for name in names - {"step", "refreshed"}:
             assert torch.equal(states[0][name], states[1][name])
 
 
