@@ -55,7 +55,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
         assert torch.equal(one, other)
         states = [sophia_of(t).state[p] for t, p in ((whole, one), (resumed, other))]
         assert states[0]["step"] == states[1]["step"] == 30
-        assert states[0]["refreshed"] and states[1]["refreshed"]
+        assert all(state["refreshed"] for state in states)
         for name in names - {"step", "refreshed"}:
             assert torch.equal(states[0][name], states[1][name])
 
