@@ -41,6 +41,7 @@ bench: install bench-peers  ## Measure steps, refreshes, samplers, noise and who
 	$(VENV)/bin/python benchmarks/sampler.py --output benchmarks/results/sampler_cpu.json
 	$(VENV)/bin/python benchmarks/hessian_noise.py --output benchmarks/results/hessian_noise_cpu.json
 	$(VENV)/bin/python benchmarks/train.py --output benchmarks/results/train_cpu.json
+	$(VENV)/bin/python benchmarks/train.py --accumulation 4 --steps 20 --output benchmarks/results/train_accumulated_cpu.json
 
 # Others' packages pin what this one does not; labml-nn would replace its torch.
 bench-peers: .venv-peers/installed

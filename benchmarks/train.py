@@ -36,7 +36,7 @@ SIZES = {
 WAYS = {
     "adamw_torch_fused": {"optim": "adamw_torch_fused", "adam_beta2": 0.95},
     "sophia": {"optim": "sophia"},
-    "sophia, own pass on 1/4": {"optim": "sophia", "optim_args": "hessian_batch_fraction=0.25"},
+    "sophia, 1/4 of the batch": {"optim": "sophia", "optim_args": "hessian_batch_fraction=0.25"},
 }
 
 
