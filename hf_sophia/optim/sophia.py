@@ -20,7 +20,7 @@ from hf_sophia.optim.sophia_options import (
     check_rho,
     check_rho_scope,
 )
-from hf_sophia.optim.sophia_update import updated_in_blocks
+from hf_sophia.optim.sophia_update import Scratch, updated_in_blocks
 from hf_sophia.optim.threshold import follow
 from hf_sophia.optim.validation import (
     check_count,
@@ -498,7 +498,8 @@ class Sophia(OwnEstimates, SophiaMetrics):
     ) -> torch.Tensor:
         rho = state["rho"].clamp(min=SMALLEST_RHO) if group["rho"] == AUTO else group["rho"]
         tensors = (theta, state["exp_avg"], state["hessian"], grad)
-        return updated_in_blocks(tensors, rho, self._scalars(group))
+        scratch = self.__dict__.setdefault("_scratch", Scratch())
+        return updated_in_blocks(tensors, rho, self._scalars(group), scratch)
 
     def _follows_now(self, batch: Batch) -> bool:
         """Whether the group's thresholds are brought up to date in this step."""

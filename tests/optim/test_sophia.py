@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from hf_sophia import Sophia, gauss_newton_bartlett, hutchinson
+from hf_sophia.optim import sophia_update
 
 
 def quadratic(curvature: list[float], start: list[float]) -> torch.nn.Parameter:
@@ -464,3 +465,36 @@ def golden_run(steps: int = 50) -> list[float]:
 def test_golden_trajectory() -> None:
     golden = json.loads((Path(__file__).parent / "golden_sophia.json").read_text())
     assert golden_run() == pytest.approx(golden, rel=1e-10)
+
+
+def eager_steps(sizes, steps: int = 3) -> tuple[Sophia, list[torch.nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    params.append(torch.nn.Parameter(torch.randn(5, 3, generator=generator).t()))
+    optimizer = Sophia(params, lr=0.01, rho=0.5, k=1, fused=False)
+    for _ in range(steps):
+        optimizer.update_hessian({p: torch.rand(p.shape, generator=generator) for p in params})
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+    return optimizer, params
+
+
+def test_the_eager_step_works_in_the_same_memory_again_and_again(monkeypatch) -> None:
+    monkeypatch.setattr(sophia_update, "BLOCK", 64)
+    made = []
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *size: made.append(size) or new_empty(self, *size)
+    )
+    eager_steps([8, 1000, 65])
+    assert made == [(16,), (128,)]  # never as much as the largest parameter has
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_blocks_change_no_bit_of_the_eager_step(block, monkeypatch) -> None:
+    _, whole = eager_steps([8, 1000, 65])
+    monkeypatch.setattr(sophia_update, "BLOCK", block)
+    optimizer, params = eager_steps([8, 1000, 65])
+    assert all(torch.equal(one, other) for one, other in zip(params, whole, strict=True))
+    assert 0.0 < optimizer.clip_fraction() < 1.0
