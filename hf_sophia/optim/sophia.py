@@ -189,7 +189,6 @@ class Sophia(OwnEstimates, SophiaMetrics):
         # A due step that passed without its refresh.
         self._missed_step: int | None = None
         self._warned = False
-        # The parameters whose h has had no estimate yet.
         self._clipped = []
         self._moved = 0
         super().__init__(params, options, weight_decay, defaults, fused)
