@@ -44,6 +44,7 @@ class Sample(NamedTuple):
         weight: How many coordinates each of these stands for.
         eps: The bound on h.
         group: The parameter group of the tensor.
+        target: The share that `rho=auto` is to clip of it.
     """
 
     n: torch.Tensor
@@ -52,6 +53,7 @@ class Sample(NamedTuple):
     weight: float
     eps: float
     group: int = 0
+    target: float = TARGET
 
     @property
     def ratio(self) -> torch.Tensor:
@@ -104,7 +106,7 @@ class Diagnosis:
         refresh_bytes: Peak memory of a step with one.
         k: Steps between refreshes of the run that was asked for.
         rho: The threshold asked for, a number or `"auto"`; None: another optimizer was.
-        target: The share that `rho=auto` is to clip.
+        target: The share that `rho=auto` is to clip of all but embeddings.
         rho_scope: What has a threshold of its own then.
         nesterov: Whether n looks ahead.
         adamw_lr: The learning rate of AdamW to compare with, or None.
@@ -180,8 +182,8 @@ class Diagnosis:
         if not len(ratios):
             return None
         if self.rho_scope == "tensor":
-            return float(ratios.quantile(1.0 - self.target))
-        return _quantile(ratios, weights, 1.0 - self.target)
+            return float(ratios.quantile(1.0 - part.target))
+        return _quantile(ratios, weights, 1.0 - part.target)
 
     def learning_rates(self) -> tuple[float, ...] | None:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.

@@ -39,6 +39,11 @@ _FEWEST = 4
 #: The betas that Sophia has unless the arguments say otherwise.
 _BETAS = (0.9, 0.95)
 
+#: The shares to clip that recommendations aim at, unless others are asked for.
+_SHARES = {
+    name: AUTO_DEFAULTS[name] for name in ("target_clip_fraction", "embedding_clip_fraction")
+}
+
 
 def diagnose(
     trainer: SophiaTrainerMixin, steps: int | None = None, adamw_lr: float | None = None
@@ -95,6 +100,8 @@ def diagnose(
             group = trainer.optimizer.param_groups[0]
             known = set(TrainerSophia._asked_for) - {"weight_decay"}
             asked = {option: group[option] for option in known}
+            if isinstance(trainer.optimizer, TrainerSophia):
+                asked["embedding_clip_fraction"] = trainer.optimizer.embedding_clip_fraction
         elif trainer.optimizer is not None and name == "sophia":
             raise ValueError(
                 f"the Trainer was given a {type(trainer.optimizer).__name__} (optimizers=...), so"
@@ -115,7 +122,9 @@ def diagnose(
                 " Unfreeze what shall train"
             )
         steps = steps or _enough_steps(asked["betas"][0], trainer)
-        options = asked | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
+        # With a number for rho, what is said of rho=auto is of its defaults.
+        shares = {} if diagnosis.rho == AUTO else _SHARES
+        options = asked | shares | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
         with _looking(trainer, options, steps, watch, diagnosis.findings):
             trainer.train()
             optimizer = trainer._sophia
@@ -312,7 +321,9 @@ def _collect(diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch) -> N
             weight = param.numel() / max(sample.size, 1)
             eps = group["eps"]
             h = h.clamp(min=eps)
-            found.tensors.append(Sample(n.abs().cpu(), m.abs().cpu(), h, weight, eps, index))
+            target = group["target_clip_fraction"]
+            n, m = n.abs().cpu(), m.abs().cpu()
+            found.tensors.append(Sample(n, m, h, weight, eps, index, target))
     diagnosis.curvatures = list(by_kind.values())
     size = sum(curvature.size for curvature in diagnosis.curvatures)
     diagnosis.not_fused = {why: n / size for why, n in optimizer.not_fused().items()}

@@ -68,6 +68,7 @@ OPTION_TABLES = {
             **_BETAS_AND_EPS,
             "rho": _parse_rho,
             "target_clip_fraction": _parse_float,
+            "embedding_clip_fraction": _parse_float,
             "rho_scope": str,
             "nesterov": _parse_bool,
             "bias_correction": _parse_bool,
@@ -99,6 +100,7 @@ OPTION_TABLES = {
 AUTO_DEFAULTS: dict[str, Any] = {
     "rho": AUTO,
     "target_clip_fraction": 0.1,
+    "embedding_clip_fraction": 0.5,
     "nesterov": True,
     "bias_correction": True,
 }
@@ -180,6 +182,11 @@ def constructor_options(name: str, args: Any, default_betas: tuple[float, float]
     """
     options = parse_optim_args(name, args.optim_args)
     if name == "sophia" and options.get("rho", AUTO) == AUTO:
+        if options.get("rho_scope") == "group" and "embedding_clip_fraction" in options:
+            raise ValueError(
+                f"optim_args {args.optim_args!r}: embedding_clip_fraction needs a rho for each"
+                " tensor, with rho_scope='group' there is one for all: leave one of the two out"
+            )
         options = {**AUTO_DEFAULTS, **options}
     betas, sources = [], []
     for index, own in enumerate(default_betas, start=1):

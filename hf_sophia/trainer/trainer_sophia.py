@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.base import comparable
-from hf_sophia.optim.validation import check_fraction
+from hf_sophia.optim.validation import check_fraction, check_open_fraction
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ class TrainerSophia(Sophia):
         params: As for `Sophia`.
         hessian_batch_fraction: The share of the batch, in (0, 1], whose logits come from a forward
             pass for the Hessian alone; None: the Trainer chooses.
+        embedding_clip_fraction: The share to clip, in (0, 1), of embeddings under `rho="auto"`,
+            which the Trainer gives groups of their own; None: that of the others.
         **options: As for `Sophia`.
 
     Raises:
@@ -41,16 +43,28 @@ class TrainerSophia(Sophia):
     )
 
     def __init__(
-        self, params: Iterable[Any], *, hessian_batch_fraction: float | None = None, **options: Any
+        self,
+        params: Iterable[Any],
+        *,
+        hessian_batch_fraction: float | None = None,
+        embedding_clip_fraction: float | None = None,
+        **options: Any,
     ) -> None:
         if hessian_batch_fraction is not None:
             check_fraction("hessian_batch_fraction", hessian_batch_fraction)
+        if embedding_clip_fraction is not None:
+            check_open_fraction("embedding_clip_fraction", embedding_clip_fraction)
         self.hessian_batch_fraction = hessian_batch_fraction
+        self.embedding_clip_fraction = embedding_clip_fraction
         super().__init__(params, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        return {**super().__getstate__(), "hessian_batch_fraction": self.hessian_batch_fraction}
+        return {
+            **super().__getstate__(),
+            "hessian_batch_fraction": self.hessian_batch_fraction,
+            "embedding_clip_fraction": self.embedding_clip_fraction,
+        }
 
     def _on_missed_refresh(self, due_step: int) -> None:
         raise RuntimeError(

@@ -1,12 +1,14 @@
 """Optimizers to compare Sophia with that the HF Trainer has no name for."""
 
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_sophia import Sophia
+from hf_sophia.trainer.embeddings import embeddings_of, split_off_embeddings
 
 Groups = list[dict[str, Any]]
 
@@ -142,6 +144,8 @@ class SecondMomentSophia(Sophia):
         power: What v is raised to: 0.5 for AdamW's own scale, 1 for a stand-in of the Hessian
             (the "empirical Fisher").
         betas: Decay rates of m and v.
+        embeddings: Parameters that `embedding_clip_fraction` is for.
+        embedding_clip_fraction: As for Sophia under a Trainer; None: that of the others.
         **options: Sophia's.
     """
 
@@ -150,6 +154,8 @@ class SecondMomentSophia(Sophia):
         params: Iterable[Any],
         power: float = 0.5,
         betas: tuple[float, float] = (0.9, 0.95),
+        embeddings: AbstractSet[nn.Parameter] = frozenset(),
+        embedding_clip_fraction: float | None = None,
         **options: Any,
     ) -> None:
         self._power, self._beta2 = power, betas[1]
@@ -157,6 +163,7 @@ class SecondMomentSophia(Sophia):
         self._steps = 0
         # The average is taken here, of v itself.
         super().__init__(params, betas=(betas[0], 0.0), **options)
+        split_off_embeddings(self, embeddings, embedding_clip_fraction)
 
     @property
     def hessian_due(self) -> bool:
@@ -210,5 +217,8 @@ RIVALS: dict[str, Callable[[nn.Module, dict[str, Any]], tuple[type, dict[str, An
         {"matrices": hidden_matrices(model), **options},
     ),
     "lion": _lion,
-    "second_moment_sophia": lambda model, options: (SecondMomentSophia, options),
+    "second_moment_sophia": lambda model, options: (
+        SecondMomentSophia,
+        {"embeddings": embeddings_of(model), **options},
+    ),
 }
