@@ -74,6 +74,18 @@ class TrainerSophia(Sophia):
             " hf_sophia.SophiaTrainerMixin first among the bases of your Trainer"
         )
 
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        scope = state_dict["param_groups"][0].get("rho_scope")
+        if saved != sizes and sum(saved) == sum(sizes) and scope:
+            raise ValueError(
+                f"the checkpoint has parameter groups of {saved} parameters, this run of {sizes}:"
+                " embeddings have groups of their own where each tensor has its rho, and with one"
+                f" rho for a group they have not; resume with rho_scope={scope}"
+            )
+        super()._check_state_dict(state_dict)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary but keep this run's options; log those that changed.
 

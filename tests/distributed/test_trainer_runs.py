@@ -159,6 +159,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
         "save_steps": 3,
         "gradient_accumulation_steps": 2,
         "dropout": 0.1,
+        # With thresholds in the state, and embeddings in a group of their own.
+        "optim_args": "rho=auto,k=2,eps=1e-5",
     }
     whole = train(tmp_path / "whole", 2, **options)
     # Step 7 is a refresh, the step after the checkpoint.
@@ -166,6 +168,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
         tmp_path / "again", 2, resume=str(tmp_path / "whole" / "run" / "checkpoint-6"), **options
     )
     assert len(resumed[0]["hashes"]) == 1
+    for run in (whole, resumed):
+        shares = run[0]["shares"].items()
+        assert {share for name, share in shares if ".wte." in name or ".wpe." in name} == {0.5}
+        assert {share for name, share in shares if ".h." in name or ".ln_f." in name} == {0.1}
     for name in ("params", "momenta", "hessians"):
         for one, other in zip(resumed[0][name], whole[0][name], strict=True):
             # Nothing but the order of sums may differ.

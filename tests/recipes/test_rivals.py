@@ -97,6 +97,17 @@ def test_their_threshold_follows_as_often_as_sophias() -> None:
     assert changes == [4, 8]
 
 
+def test_their_embeddings_have_a_share_of_their_own(tiny_gpt2) -> None:
+    """As Sophia's have, so that what stands in for the Hessian is all that differs."""
+    model = tiny_gpt2()
+    optimizer_class, options = RIVALS["second_moment_sophia"](
+        model, {"rho": "auto", "target_clip_fraction": 0.1, "embedding_clip_fraction": 0.5}
+    )
+    rest, embeddings = optimizer_class(model.parameters(), **options).param_groups
+    assert (rest["target_clip_fraction"], embeddings["target_clip_fraction"]) == (0.1, 0.5)
+    assert embeddings["params"] == [model.transformer.wte.weight, model.transformer.wpe.weight]
+
+
 def test_hidden_matrices_are_neither_embeddings_nor_heads(tiny_gpt2) -> None:
     model = tiny_gpt2()
     names = {name for name, p in model.named_parameters() if p in hidden_matrices(model)}

@@ -146,12 +146,18 @@ def main(folder: str, settings: str) -> None:
     trainer.poison = tuple(poison) if poison else None
     trainer.train(resume_from_checkpoint=resume)
     params = list(trainer.model.parameters())
+    shares = {
+        param: group["target_clip_fraction"]
+        for group in trainer.optimizer.param_groups
+        for param in group["params"]
+    }
     states = [trainer.optimizer.optimizer.state[p] for p in params]
     result = {
         "wrapper": type(trainer.model_wrapped).__name__,
         "plan": str(trainer._plan),
         "hashes": sums.hashes,
         "warnings": warned.beginnings,
+        "shares": {name: shares[param] for name, param in trainer.model.named_parameters()},
         "params": [whole(p.detach()) for p in params],
         "hessians": [whole(s["hessian"]) for s in states],
         "momenta": [whole(s["exp_avg"]) for s in states],
