@@ -191,6 +191,7 @@ class Sophia(OwnEstimates, SophiaMetrics):
         self._warned = False
         self._clipped = []
         self._moved = 0
+        self._own_fractions: dict[torch.Tensor, float] = {}
         super().__init__(params, options, weight_decay, defaults, fused)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -210,6 +211,40 @@ class Sophia(OwnEstimates, SophiaMetrics):
                     )
         # Groups taken from another optimizer bring its options, but its Hessian is not theirs.
         super().add_param_group({**param_group, "refreshed_step": 0, "hessian_weight": 0.0})
+
+    def set_clip_fraction(self, params: Iterable[torch.Tensor], fraction: float) -> None:
+        """Give parameters a share to clip of their own, in the place of their group's.
+
+        It is for `rho="auto"` with a threshold for each tensor, and is not part of the state: who
+        makes the optimizer again says it again.
+
+        Args:
+            params: Parameters of this optimizer.
+            fraction: The share, in (0, 1).
+
+        Raises:
+            ValueError, TypeError: The share is out of range, or a parameter is not one of these.
+        """
+        check_open_fraction("fraction", fraction)
+        params = list(params)
+        held = {param for group in self.param_groups for param in group["params"]}
+        for param in params:
+            if param not in held:
+                raise ValueError(
+                    f"set_clip_fraction got {self._describe(param)}; pass parameters that it was"
+                    " built with"
+                )
+        self._own_fractions.update(dict.fromkeys(params, fraction))
+
+    def clip_fraction_asked(self, param: torch.Tensor, group: Group) -> float:
+        """Return the share of a parameter that `rho="auto"` is to clip.
+
+        Args:
+            param: The parameter.
+            group: The group that it is in.
+        """
+        shared = group["target_clip_fraction"]
+        return shared if group["rho_scope"] == "group" else self._own_fractions.get(param, shared)
 
     _optional_state: ClassVar[frozenset[str]] = frozenset({"rho", "refreshed"})
 
@@ -439,7 +474,8 @@ class Sophia(OwnEstimates, SophiaMetrics):
             if batch in following:
                 decay = self.weight_decay
                 l2 = 0.0 if decay.weight_decouple else batch.group["weight_decay"]
-                follow(batch, own, samples, l2)
+                targets = [self.clip_fraction_asked(p, batch.group) for p in batch.params]
+                follow(batch, own, samples, targets, l2)
         calls = [
             (call, rho, own)
             for (_, plan), rho, own in zip(shares, rhos, scalars, strict=True)
@@ -553,5 +589,5 @@ class Sophia(OwnEstimates, SophiaMetrics):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_missed_step", "_warned", "_clipped", "_moved")
+        kept = ("_missed_step", "_warned", "_clipped", "_moved", "_own_fractions")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

@@ -174,6 +174,7 @@ def follow(
     batch: Batch,
     scalars: StepScalars,
     samples: MutableMapping[torch.Tensor, CoordinateSample],
+    targets: Sequence[float],
     l2: float = 0.0,
 ) -> None:
     """Bring the thresholds of a group towards this step's quantiles, in place.
@@ -182,12 +183,13 @@ def follow(
         batch: Its parameters with finite gradients; their state has `exp_avg`, `hessian` and `rho`.
         scalars: The options of the step that follows.
         samples: Each parameter's sample, made here where there is none.
+        targets: The share to clip of each parameter; where one threshold is for all, the same.
         l2: How much of a parameter the step adds to its gradient: weight decay, not decoupled.
     """
-    by_device: dict[torch.device, list[int]] = {}
-    for index, param in enumerate(batch.params):
-        by_device.setdefault(local(param).device, []).append(index)
-    for indices in by_device.values():
+    alike: dict[tuple[torch.device, float], list[int]] = {}
+    for index, (param, target) in enumerate(zip(batch.params, targets, strict=True)):
+        alike.setdefault((local(param).device, target), []).append(index)
+    for (_, target), indices in alike.items():
         params = [batch.params[index] for index in indices]
         states = [batch.states[index] for index in indices]
         for param in params:
@@ -200,7 +202,7 @@ def follow(
                 _sampled_ratios(samples[p], p, s, scalars, l2)
                 for p, s in zip(params, states, strict=True)
             ],
-            batch.group["target_clip_fraction"],
+            target,
             together=batch.group["rho_scope"] == "group",
         )
         old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])

@@ -13,6 +13,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from hf_sophia.optim import Adam, RAdam, Sophia
 from hf_sophia.optim.sophia_options import AUTO
+from hf_sophia.trainer.trainer_sophia import TrainerSophia
 
 _TITLES = {
     "gnb": "Sophia-G (Gauss-Newton-Bartlett)",
@@ -126,6 +127,8 @@ def describe_optimizer(
         if options["rho"] != AUTO:
             for needless in ("target_clip_fraction", "rho_scope"):
                 options.pop(needless)
+        elif isinstance(optimizer, TrainerSophia) and optimizer.embedding_clip_fraction is not None:
+            options["embedding_clip_fraction"] = optimizer.embedding_clip_fraction
     elif isinstance(optimizer, (Adam, RAdam)):
         name = f"{kind.__name__} of hf_sophia"
     return name, options

@@ -163,8 +163,7 @@ class Diagnosis:
     def fixed_options(self) -> str:
         """Return options with a number for rho that clips the target's share at first.
 
-        That share of what has curvature, as with `rho=auto`.
-        Those that a number switches off are in it: without them it would clip another share.
+        That share of all that has curvature; `rho=auto` clips more of embeddings. Those that a number switches off are in it: without them it would clip another share.
         """
         nesterov = str(self.nesterov).lower()
         return f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"
@@ -188,9 +187,9 @@ class Diagnosis:
     def learning_rates(self) -> tuple[float, ...] | None:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
-        A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own or a
-        half of it for language models, and AdamW's own or twice that for a classification of few
-        rows. With a number for rho and the paper's step a language model wanted far less, a sixth.
+        A rule of thumb for `rho=auto`. In this package's studies the best one was a half of AdamW's
+        or AdamW's own. With a number for rho and the paper's step a language model wanted far less,
+        a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None

@@ -6,51 +6,46 @@ the quantile that suits the others is that of the rarest tokens, and the rows of
 move. With a larger share to clip they do.
 """
 
-from collections.abc import Set as AbstractSet
-
 import torch
 
 from hf_sophia.optim import Sophia
-from hf_sophia.optim.base import Group
 
 
 def embeddings_of(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    """Return the weights of a model's `torch.nn.Embedding` modules, an output tied to them too."""
-    modules = (part for part in model.modules() if isinstance(part, torch.nn.Embedding))
-    return {module.weight for module in modules}
-
-
-def split_off_embeddings(
-    optimizer: Sophia, embeddings: AbstractSet[torch.nn.Parameter], clip_fraction: float | None
-) -> None:
-    """Move embeddings into parameter groups of their own, with a share to clip.
-
-    Also where the share makes no difference, with a number for rho for instance, so that a
-    checkpoint fits whatever kind of rho it is resumed with. With one threshold for a group there is
-    no share for some of it, and the groups stay as they are. Doing it again changes nothing.
+    """Return the weights of a model's `torch.nn.Embedding` modules, an output tied to them too.
 
     Args:
-        optimizer: Not stepped yet.
-        embeddings: The parameters; those that it does not hold are left out.
-        clip_fraction: The share; None: that of the group which they are in.
+        model: The model. The rows of PEFT's `prompt_encoder` are left out: every text has all of
+            them.
     """
-    for group in list(optimizer.param_groups):
-        held = [param in embeddings for param in group["params"]]
-        if group["rho_scope"] == "group" or not any(held):
-            continue
-        if not all(held):
-            own = {**group, **_part(group, held, wanted=True)}
-            group.update(_part(group, held, wanted=False))
-            optimizer.add_param_group(own)
-            group = optimizer.param_groups[-1]
-        if clip_fraction is not None:
-            group["target_clip_fraction"] = clip_fraction
-
-
-def _part(group: Group, held: list[bool], *, wanted: bool) -> dict[str, list]:
-    """Return what a group has a list of, for some of its parameters."""
-    return {
-        name: [value for value, mark in zip(group[name], held, strict=True) if mark is wanted]
-        for name in ("params", "param_names")
-        if name in group
+    found = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
     }
+    prompts = getattr(model, "prompt_encoder", None)
+    return found - set(prompts.parameters() if isinstance(prompts, torch.nn.Module) else ())
+
+
+def give_embeddings_their_share(
+    optimizer: Sophia, model: torch.nn.Module, fraction: float | None
+) -> None:
+    """Set the share to clip of those embeddings that an optimizer holds.
+
+    Args:
+        optimizer: The optimizer. A group that was given a share which is not the optimizer's keeps
+            it for all of its parameters.
+        model: What it trains, not wrapped.
+        fraction: The share; None: that of all others.
+
+    Raises:
+        ValueError: The share is not in (0, 1).
+    """
+    if fraction is None:
+        return
+    embeddings, usual = embeddings_of(model), optimizer.defaults["target_clip_fraction"]
+    for group in optimizer.param_groups:
+        if group["target_clip_fraction"] == usual:
+            held = [param for param in group["params"] if param in embeddings]
+            optimizer.set_clip_fraction(held, fraction)

@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,9 @@ _BETAS = (0.9, 0.95)
 
 #: The shares to clip that recommendations aim at, unless others are asked for.
 _SHARES = {
-    name: AUTO_DEFAULTS[name] for name in ("target_clip_fraction", "embedding_clip_fraction")
+    "target_clip_fraction": AUTO_DEFAULTS["target_clip_fraction"],
+    "embedding_clip_fraction": AUTO_DEFAULTS["embedding_clip_fraction"],
+    "rho_scope": "tensor",
 }
 
 
@@ -95,6 +97,7 @@ def diagnose(
     # What is recommended, where something else is asked for.
     asked: dict[str, Any] = {"betas": _BETAS, **AUTO_DEFAULTS}
     watch = _Watch(trainer, model)
+    targets: dict[torch.Tensor, float] = {}
     try:
         if isinstance(trainer.optimizer, Sophia):
             group = trainer.optimizer.param_groups[0]
@@ -102,6 +105,12 @@ def diagnose(
             asked = {option: group[option] for option in known}
             if isinstance(trainer.optimizer, TrainerSophia):
                 asked["embedding_clip_fraction"] = trainer.optimizer.embedding_clip_fraction
+            elif asked["rho"] == AUTO:
+                targets = {
+                    param: trainer.optimizer.clip_fraction_asked(param, group)
+                    for group in trainer.optimizer.param_groups
+                    for param in group["params"]
+                }
         elif trainer.optimizer is not None and name == "sophia":
             raise ValueError(
                 f"the Trainer was given a {type(trainer.optimizer).__name__} (optimizers=...), so"
@@ -133,7 +142,7 @@ def diagnose(
                     f"{type(trainer).__name__} makes an optimizer of its own, so that"
                     " --optim sophia would have no effect: take its create_optimizer out"
                 )
-            _collect(diagnosis, optimizer, watch)
+            _collect(diagnosis, optimizer, watch, targets)
     except Exception as error:
         # Whatever it is would have ended the run.
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
@@ -296,8 +305,20 @@ class _Listener(logging.Handler):
 
 
 @torch.no_grad()
-def _collect(diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch) -> None:
-    """Take the sampled coordinates out of the optimizer's state, and the times."""
+def _collect(
+    diagnosis: Diagnosis,
+    optimizer: TrainerSophia,
+    watch: _Watch,
+    targets: Mapping[torch.Tensor, float],
+) -> None:
+    """Take the sampled coordinates out of the optimizer's state, and the times.
+
+    Args:
+        diagnosis: Where to.
+        optimizer: The one that took the steps.
+        watch: What saw them.
+        targets: The share to clip of parameters that the Trainer's own optimizer has one for.
+    """
     if not watch.tokens:
         raise ValueError(
             "no refresh has succeeded, for the reasons in the warnings: Sophia would have no"
@@ -321,7 +342,7 @@ def _collect(diagnosis: Diagnosis, optimizer: TrainerSophia, watch: _Watch) -> N
             weight = param.numel() / max(sample.size, 1)
             eps = group["eps"]
             h = h.clamp(min=eps)
-            target = group["target_clip_fraction"]
+            target = targets.get(param) or optimizer.clip_fraction_asked(param, group)
             n, m = n.abs().cpu(), m.abs().cpu()
             found.tensors.append(Sample(n, m, h, weight, eps, index, target))
     diagnosis.curvatures = list(by_kind.values())

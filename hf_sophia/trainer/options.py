@@ -188,6 +188,8 @@ def constructor_options(name: str, args: Any, default_betas: tuple[float, float]
                 " tensor, with rho_scope='group' there is one for all: leave one of the two out"
             )
         options = {**AUTO_DEFAULTS, **options}
+        if options.get("rho_scope") == "group":
+            del options["embedding_clip_fraction"]
     betas, sources = [], []
     for index, own in enumerate(default_betas, start=1):
         beta, source = own, f"{name}'s default"

@@ -16,7 +16,7 @@ from hf_sophia.optim import NonFiniteHessianError, Sophia
 from hf_sophia.optim.sophia_options import AUTO
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.checkpoints import WholeCheckpointsMixin
-from hf_sophia.trainer.embeddings import embeddings_of, split_off_embeddings
+from hf_sophia.trainer.embeddings import give_embeddings_their_share
 from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
 from hf_sophia.trainer.health import HessianHealth
 from hf_sophia.trainer.noise import noise_seed
@@ -85,8 +85,6 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, and refuse a Sophia run that would go wrong later.
 
-        Embeddings get parameter groups of their own, with `embedding_clip_fraction`.
-
         Raises:
             ValueError: The set-up is not supported; the message says what is.
         """
@@ -96,16 +94,14 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._sophia is not None:
             check_supported(self.args, self.accelerator)
-        if isinstance(self._sophia, TrainerSophia):
-            model = args[0] if args else kwargs.get("model")
-            embeddings = embeddings_of(self.model if model is None else model)
-            share = self._sophia.embedding_clip_fraction
-            split_off_embeddings(self._sophia, embeddings, share)
         return optimizer
 
     def _make_plan(self, wrapped: torch.nn.Module, optimizer: Sophia) -> HessianPlan:
         """Choose the way to the Hessian for this run, and refuse models that leave none."""
         model = self._unwrapped(wrapped)
+        if isinstance(optimizer, TrainerSophia):
+            # Now, whoever made the optimizer: its parameters are those of the model that trains.
+            give_embeddings_their_share(optimizer, model, optimizer.embedding_clip_fraction)
         check_supported(self.args, self.accelerator)
         check_wrapped(wrapped, model, self.accelerator)
         estimator = optimizer.param_groups[0]["hessian_computation_type"]

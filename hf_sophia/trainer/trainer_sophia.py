@@ -21,7 +21,7 @@ class TrainerSophia(Sophia):
         hessian_batch_fraction: The share of the batch, in (0, 1], whose logits come from a forward
             pass for the Hessian alone; None: the Trainer chooses.
         embedding_clip_fraction: The share to clip, in (0, 1), of embeddings under `rho="auto"`,
-            which the Trainer gives groups of their own; None: that of the others.
+            which the Trainer finds in its model; None: that of all others.
         **options: As for `Sophia`.
 
     Raises:
@@ -60,11 +60,8 @@ class TrainerSophia(Sophia):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        return {
-            **super().__getstate__(),
-            "hessian_batch_fraction": self.hessian_batch_fraction,
-            "embedding_clip_fraction": self.embedding_clip_fraction,
-        }
+        own = ("hessian_batch_fraction", "embedding_clip_fraction")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def _on_missed_refresh(self, due_step: int) -> None:
         raise RuntimeError(
@@ -73,18 +70,6 @@ class TrainerSophia(Sophia):
             " hf_sophia.SophiaTrainer instead of transformers.Trainer, or put"
             " hf_sophia.SophiaTrainerMixin first among the bases of your Trainer"
         )
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved = [len(group["params"]) for group in state_dict["param_groups"]]
-        scope = state_dict["param_groups"][0].get("rho_scope")
-        if saved != sizes and sum(saved) == sum(sizes) and scope:
-            raise ValueError(
-                f"the checkpoint has parameter groups of {saved} parameters, this run of {sizes}:"
-                " embeddings have groups of their own where each tensor has its rho, and with one"
-                f" rho for a group they have not; resume with rho_scope={scope}"
-            )
-        super()._check_state_dict(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary but keep this run's options; log those that changed.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_sophia import Sophia
-from hf_sophia.trainer.embeddings import embeddings_of, split_off_embeddings
+from hf_sophia.trainer.embeddings import embeddings_of
 
 Groups = list[dict[str, Any]]
 
@@ -163,7 +163,8 @@ class SecondMomentSophia(Sophia):
         self._steps = 0
         # The average is taken here, of v itself.
         super().__init__(params, betas=(betas[0], 0.0), **options)
-        split_off_embeddings(self, embeddings, embedding_clip_fraction)
+        if embedding_clip_fraction is not None:
+            self.set_clip_fraction(embeddings, embedding_clip_fraction)
 
     @property
     def hessian_due(self) -> bool:

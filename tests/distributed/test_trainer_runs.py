@@ -159,7 +159,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
         "save_steps": 3,
         "gradient_accumulation_steps": 2,
         "dropout": 0.1,
-        # With thresholds in the state, and embeddings in a group of their own.
+        # With thresholds in the state, and a share of their own for embeddings.
         "optim_args": "rho=auto,k=2,eps=1e-5",
     }
     whole = train(tmp_path / "whole", 2, **options)

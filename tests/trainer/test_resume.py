@@ -99,8 +99,7 @@ def test_options_asked_for_on_resume_take_effect_and_are_logged(
     for group in trainer.optimizer.param_groups:
         assert (group["rho"], group["k"], group["betas"]) == (0.7, 3, (0.8, 0.95))
         assert group["eps"] == 1e-6
-    # What decays, what does not, and embeddings.
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0, 0.3]
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
     assert recorder.refreshed[1:] == [7]
     assert "resuming with k=3 in parameter group 0; the checkpoint had 10" in caplog.text
     assert "betas=(0.8, 0.95)" in caplog.text

@@ -146,9 +146,10 @@ def main(folder: str, settings: str) -> None:
     trainer.poison = tuple(poison) if poison else None
     trainer.train(resume_from_checkpoint=resume)
     params = list(trainer.model.parameters())
+    sophia = trainer.optimizer.optimizer
     shares = {
-        param: group["target_clip_fraction"]
-        for group in trainer.optimizer.param_groups
+        param: sophia.clip_fraction_asked(param, group)
+        for group in sophia.param_groups
         for param in group["params"]
     }
     states = [trainer.optimizer.optimizer.state[p] for p in params]
