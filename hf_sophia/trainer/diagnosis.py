@@ -163,7 +163,8 @@ class Diagnosis:
     def fixed_options(self) -> str:
         """Return options with a number for rho that clips the target's share at first.
 
-        That share of all that has curvature; `rho=auto` clips more of embeddings. Those that a number switches off are in it: without them it would clip another share.
+        That share of all that has curvature; `rho=auto` clips more of embeddings. Those that a
+        number switches off are in it: without them it would clip another share.
         """
         nesterov = str(self.nesterov).lower()
         return f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"
