@@ -93,7 +93,8 @@ class Sophia(OwnEstimates, SophiaMetrics):
         defaults: Further defaults of group values.
         k: Steps from one Hessian refresh to the next, >= 1; the same in every group.
         hessian_computation_type: Estimator that `step` runs by itself; the same in every group.
-        target_clip_fraction: For `rho="auto"`: the share to clip, in (0, 1).
+        target_clip_fraction: For `rho="auto"`: the share to clip, in (0, 1); some parameters, such
+            as embeddings, can have one of their own (`set_clip_fraction`).
         rho_scope: For `rho="auto"`: `"tensor"` or `"group"`, what has a rho of its own.
         nesterov: Clip `(beta1 m + (1 - beta1) g) / max(h, eps)`, with the new m, in the place of
             `m / max(h, eps)`: Nesterov's momentum as in Dozat, "Incorporating Nesterov momentum
