@@ -99,9 +99,6 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
     def _make_plan(self, wrapped: torch.nn.Module, optimizer: Sophia) -> HessianPlan:
         """Choose the way to the Hessian for this run, and refuse models that leave none."""
         model = self._unwrapped(wrapped)
-        if isinstance(optimizer, TrainerSophia):
-            # Now, whoever made the optimizer: its parameters are those of the model that trains.
-            give_embeddings_their_share(optimizer, model, optimizer.embedding_clip_fraction)
         check_supported(self.args, self.accelerator)
         check_wrapped(wrapped, model, self.accelerator)
         estimator = optimizer.param_groups[0]["hessian_computation_type"]
@@ -172,6 +169,11 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             )
         if self._plan is None:
             self._plan = self._make_plan(model, optimizer)
+        if isinstance(optimizer, TrainerSophia) and not optimizer.embeddings_known:
+            # Not where it is made, which a Trainer may do in a way of its own.
+            share = optimizer.embedding_clip_fraction
+            give_embeddings_their_share(optimizer, self._unwrapped(model), share)
+            optimizer.embeddings_known = True
         if not optimizer.hessian_due:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._refresh is None:

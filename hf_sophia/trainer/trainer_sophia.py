@@ -28,6 +28,9 @@ class TrainerSophia(Sophia):
         ValueError, TypeError: As for `Sophia`.
     """
 
+    #: Whether embeddings have been looked for in the model.
+    embeddings_known = False
+
     #: Options that a resumed run takes from its own arguments; lr belongs to the scheduler.
     _asked_for = (
         "betas",
