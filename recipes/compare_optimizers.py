@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
     parser.add_argument("--output", type=Path, help="Folder to write to; runs/<study> by default")
     parser.add_argument("--processes", type=int, default=1, help="Trials at a time (default 1)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Leave other optimizers out")
+    parser.add_argument("--reference", metavar="NAME", help="Measure by it, not the study's own")
     parser.add_argument("--no-ablations", action="store_true", help="Compare optimizers alone")
     parser.add_argument(
         "--pace-rounds", type=int, default=3, help="Short runs of each for its pace; 0: none"
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[Line]:
     if options.pace_rounds < 0:
         parser.error(f"--pace-rounds must be at least 0, got {options.pace_rounds}")
     with one_line_errors():
-        study = read_study(options.study).only(options.only)
+        study = read_study(options.study).measured_by(options.reference).only(options.only)
         if options.no_ablations:
             study = replace(study, ablations={})
         output = options.output or Path("runs") / options.study.stem

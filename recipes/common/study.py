@@ -100,6 +100,16 @@ class Study:
     subject: str | None = None
     ablations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def measured_by(self, name: str | None) -> "Study":
+        """Return the study with another reference; None: with its own.
+
+        Raises:
+            ValueError: The name is not a candidate's.
+        """
+        if name is not None and name not in self.candidates:
+            raise ValueError(f"reference {name!r} not among {', '.join(self.candidates)}")
+        return replace(self, reference=name or self.reference)
+
     def only(self, names: Collection[str] | None) -> "Study":
         """Return the study of some candidates and the reference alone; None: of all.
 

@@ -226,6 +226,20 @@ def test_only_some_run_beside_the_reference(write, landscape, tmp_path) -> None:
         compare_optimizers.main([*argv, "sgd"])
 
 
+def test_another_reference_measures_the_others(write, landscape, tmp_path) -> None:
+    argv = [str(write()), "--output", str(tmp_path / "out"), "--no-ablations"]
+    for reference, other in (("adamw", "sophia"), ("sophia", "adamw")):
+        compare_optimizers.main([*argv, "--reference", reference])
+        verdict = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+        assert f"| minus {reference} |" in verdict
+        (row,) = [row for row in verdict.splitlines() if row.startswith(f"| {reference} |")]
+        assert "| +0.000 ± 0.000 | 1.00 |" in row
+        (row,) = [row for row in verdict.splitlines() if row.startswith(f"| {other} |")]
+        assert "| +0.000 ± 0.000 | 1.00 |" not in row
+    with pytest.raises(SystemExit, match="reference 'sgd' not among adamw, sophia"):
+        compare_optimizers.main([*argv, "--reference", "sgd"])
+
+
 def test_steps_are_counted_between_evaluations_and_failures_never_win() -> None:
     trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
     slow, fast = record(trial, [5.0, 4.0, 3.0, 2.0], 40.0), record(trial, [4.0, 1.0], 40.0)
