@@ -5,10 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_sophia.trainer.options import AUTO_DEFAULTS
-
-#: The share to clip that recommendations aim at, unless another one is asked for.
-TARGET: float = AUTO_DEFAULTS["target_clip_fraction"]
+from hf_sophia.trainer.options import AUTO_DEFAULTS, SHARED_CLIP_FRACTION
 
 #: Sophia's learning rate over AdamW's: a grid that held the best one for rho=auto in this package's
 #: studies.
@@ -53,7 +50,7 @@ class Sample(NamedTuple):
     weight: float
     eps: float
     group: int = 0
-    target: float = TARGET
+    target: float = AUTO_DEFAULTS["target_clip_fraction"]
 
     @property
     def ratio(self) -> torch.Tensor:
@@ -106,7 +103,8 @@ class Diagnosis:
         refresh_bytes: Peak memory of a step with one.
         k: Steps between refreshes of the run that was asked for.
         rho: The threshold asked for, a number or `"auto"`; None: another optimizer was.
-        target: The share that `rho=auto` is to clip of all but embeddings.
+        target: The share that one threshold for all is to clip, a number or that
+            of `rho_scope=group`.
         rho_scope: What has a threshold of its own then.
         nesterov: Whether n looks ahead.
         adamw_lr: The learning rate of AdamW to compare with, or None.
@@ -125,7 +123,7 @@ class Diagnosis:
     refresh_bytes: int | None = None
     k: int = 10
     rho: float | str | None = None
-    target: float = TARGET
+    target: float = SHARED_CLIP_FRACTION
     rho_scope: str = "tensor"
     nesterov: bool = AUTO_DEFAULTS["nesterov"]
     adamw_lr: float | None = None
@@ -163,8 +161,8 @@ class Diagnosis:
     def fixed_options(self) -> str:
         """Return options with a number for rho that clips the target's share at first.
 
-        That share of all that has curvature; `rho=auto` clips more of embeddings. Those that a
-        number switches off are in it: without them it would clip another share.
+        That share of all that has curvature. Those that a number switches off are in it: without
+        them it would clip another share.
         """
         nesterov = str(self.nesterov).lower()
         return f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"

@@ -122,8 +122,9 @@ def diagnose(
             diagnosis.rho = asked["rho"]
             diagnosis.k = asked.get("k", diagnosis.k)
         if diagnosis.rho == AUTO:
-            diagnosis.target = asked.get("target_clip_fraction", diagnosis.target)
             diagnosis.rho_scope = asked.get("rho_scope", diagnosis.rho_scope)
+            if diagnosis.rho_scope == "group":
+                diagnosis.target = asked["target_clip_fraction"]
         diagnosis.nesterov = asked.get("nesterov", False)
         if size == 0:
             raise ValueError(

@@ -99,11 +99,15 @@ OPTION_TABLES = {
 #: are the paper's, which are the constructor's.
 AUTO_DEFAULTS: dict[str, Any] = {
     "rho": AUTO,
-    "target_clip_fraction": 0.1,
+    "target_clip_fraction": 0.05,
     "embedding_clip_fraction": 0.5,
     "nesterov": True,
     "bias_correction": True,
 }
+
+#: The share to clip where one threshold is for all tensors, whose |m| / h differ by factors of a
+#: hundred: a small one would be that of the tensors with the largest alone.
+SHARED_CLIP_FRACTION = 0.5
 
 #: Options that TrainingArguments has fields of its own for.
 _ARGUMENT_OF = {
@@ -187,9 +191,11 @@ def constructor_options(name: str, args: Any, default_betas: tuple[float, float]
                 f"optim_args {args.optim_args!r}: embedding_clip_fraction needs a rho for each"
                 " tensor, with rho_scope='group' there is one for all: leave one of the two out"
             )
-        options = {**AUTO_DEFAULTS, **options}
+        defaults = dict(AUTO_DEFAULTS)
         if options.get("rho_scope") == "group":
-            del options["embedding_clip_fraction"]
+            del defaults["embedding_clip_fraction"]
+            defaults["target_clip_fraction"] = SHARED_CLIP_FRACTION
+        options = {**defaults, **options}
     betas, sources = [], []
     for index, own in enumerate(default_betas, start=1):
         beta, source = own, f"{name}'s default"

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_sophia import Sophia, SophiaTrainer, diagnose
+from hf_sophia.trainer.options import SHARED_CLIP_FRACTION
 from hf_sophia.trainer.report import report
 
 from .runs import arguments, dataset, sophia_of
@@ -90,7 +91,7 @@ def test_the_prediction_is_what_such_a_run_clips(nesterov, tiny_gpt2, tmp_path) 
 def test_the_recommended_number_clips_what_it_says(nesterov, tiny_gpt2, tmp_path) -> None:
     """A run with exactly these options, whose first steps are those that were looked at."""
     options = {"per_device_train_batch_size": 8}
-    asked = f"rho=auto,target_clip_fraction=0.25,nesterov={nesterov},k=2"
+    asked = f"rho_scope=group,target_clip_fraction=0.25,nesterov={nesterov},k=2"
     found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=asked, **options), steps=40)
     trainer = trainer_of(
         tiny_gpt2(), tmp_path, optim_args=f"{found.fixed_options()},k=2", max_steps=40,
@@ -114,8 +115,8 @@ def test_the_recommended_number_is_not_that_of_rows_without_curvature(tmp_path) 
     )  # fmt: skip
     rows = torch.randint(2000, (256, 12), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = trainer_of(model, tmp_path, data=data, optim_args="rho=auto")
-    found = diagnose(trainer)
+    asked = "rho_scope=group,target_clip_fraction=0.1"
+    found = diagnose(trainer_of(model, tmp_path, data=data, optim_args=asked))
     assert found.clip_fraction(1e4) > 0.1
     rho = found.rho_for(0.1)
     assert rho < 1e4
@@ -144,7 +145,9 @@ def test_the_thresholds_are_those_that_auto_begins_with(tiny_gpt2, tmp_path) -> 
     for scope, target in (("tensor", 0.3), ("group", 0.2)):
         args = f"rho=auto,target_clip_fraction={target},rho_scope={scope},k=2"
         found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=args), steps=4)
-        assert (found.target, found.rho_scope) == (target, scope)
+        # With one for each tensor, what is said of a number is of the share that is good for one.
+        shared = target if scope == "group" else SHARED_CLIP_FRACTION
+        assert (found.target, found.rho_scope) == (shared, scope)
         own = [found.auto_rho(part) for c in found.curvatures for part in c.tensors]
         groups = [part.group for c in found.curvatures for part in c.tensors]
         # A share of each tensor, or of each parameter group, is clipped.
@@ -354,7 +357,7 @@ def test_the_report_shows_each_kind_of_parameter(tiny_gpt2, tmp_path) -> None:
     assert "| transformer.h.*.mlp.c_fc.weight" in text
     assert "transformer.h.0" not in text
     assert "| 0.03  |" in text
-    assert "`--optim sophia`, whose defaults are rho=auto,target_clip_fraction=0.1," in text
+    assert "`--optim sophia`, whose defaults are rho=auto,target_clip_fraction=0.05," in text
     assert "against AdamW's 0.001" in text
     assert found.overhead == pytest.approx(
         (found.refresh_seconds - found.plain_seconds) / found.plain_seconds / 10

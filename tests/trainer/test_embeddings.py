@@ -39,11 +39,12 @@ def trained(model: nn.Module, folder, optim_args: str, trainer_class=SophiaTrain
 @pytest.mark.parametrize(
     ("optim_args", "others", "own"),
     [
-        ("rho=auto", 0.1, 0.5),
+        ("rho=auto", 0.05, 0.5),
         ("rho=auto,target_clip_fraction=0.3", 0.3, 0.5),
-        ("rho=auto,embedding_clip_fraction=0.8", 0.1, 0.8),
+        ("rho=auto,embedding_clip_fraction=0.8", 0.05, 0.8),
         # One threshold is for all of a group.
-        ("rho=auto,rho_scope=group", 0.1, 0.1),
+        ("rho=auto,rho_scope=group", 0.5, 0.5),
+        ("rho=auto,rho_scope=group,target_clip_fraction=0.3", 0.3, 0.3),
     ],
 )
 def test_embeddings_have_a_share_of_their_own(optim_args, others, own, tiny_gpt2, tmp_path) -> None:
@@ -95,7 +96,7 @@ def test_each_kind_clips_its_share(tiny_gpt2, tmp_path) -> None:
             beyond = (state["exp_avg"].abs() >= state["rho"] * h) & curved
             asked = sophia.clip_fraction_asked(param, group)
             clipped.setdefault(asked, []).append((beyond.sum() / curved.sum()).item())
-    assert set(clipped) == {0.1, 0.5}
+    assert set(clipped) == {0.05, 0.5}
     # rho is averaged with those of earlier refreshes, whose ratios were others.
     for asked, found in clipped.items():
         assert sum(found) / len(found) == pytest.approx(asked, abs=0.4 * asked)
@@ -134,7 +135,7 @@ def test_whoever_makes_the_optimizer(trainer_class, tiny_gpt2, tmp_path) -> None
         shares = shares_of(trainer)
         assert shares.pop("transformer.wte.weight") == 0.3
         assert shares.pop("transformer.wpe.weight") == 0.5
-        assert set(shares.values()) == {0.1}
+        assert set(shares.values()) == {0.05}
 
 
 def test_a_sophia_of_the_users_own_has_the_shares_of_its_groups(tiny_gpt2, tmp_path) -> None:
@@ -211,8 +212,9 @@ def test_another_scope_takes_over_on_resume(scopes, tiny_gpt2, tmp_path) -> None
         tiny_gpt2(), arguments(tmp_path, optim_args=after, max_steps=4), train_dataset=dataset()
     )
     trainer.train(resume_from_checkpoint=True)
-    own = 0.5 if scopes[1] == "tensor" else 0.1
-    assert shares_of(trainer)["transformer.wte.weight"] == own
+    shares = shares_of(trainer)
+    assert shares["transformer.wte.weight"] == 0.5
+    assert shares["transformer.ln_f.weight"] == (0.05 if scopes[1] == "tensor" else 0.5)
     sophia = sophia_of(trainer)
     rhos = {state["rho"].item() for state in sophia.state.values()}
     assert len(rhos) > 2
@@ -223,5 +225,5 @@ def test_the_card_names_both_shares(tiny_gpt2, tmp_path) -> None:
     trainer = trained(tiny_gpt2(), tmp_path, "rho=auto")
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| target_clip_fraction | 0.1 |" in card
+    assert "| target_clip_fraction | 0.05 |" in card
     assert "| embedding_clip_fraction | 0.5 |" in card

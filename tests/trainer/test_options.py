@@ -74,9 +74,17 @@ def test_bad_options_are_errors_that_list_the_known_ones(name, text, message) ->
 def test_without_a_number_for_rho_it_follows_the_data(text, expected, tmp_path) -> None:
     args = TrainingArguments(tmp_path, optim="sophia", optim_args=text, learning_rate=1e-3)
     options = constructor_options("sophia", args, (0.9, 0.95))
-    auto = {"rho": "auto", "target_clip_fraction": 0.1, "embedding_clip_fraction": 0.5}
+    auto = {"rho": "auto", "target_clip_fraction": 0.05, "embedding_clip_fraction": 0.5}
     auto |= {"nesterov": True, "bias_correction": True}
     assert options == {"lr": 1e-3, "betas": (0.9, 0.95), **auto, **expected}
+
+
+@pytest.mark.parametrize(("text", "share"), [("", 0.5), (",target_clip_fraction=0.2", 0.2)])
+def test_one_threshold_for_a_group_has_a_share_of_its_own(text, share, tmp_path) -> None:
+    args = TrainingArguments(tmp_path, optim="sophia", optim_args=f"rho_scope=group{text}")
+    options = constructor_options("sophia", args, (0.9, 0.95))
+    assert options["target_clip_fraction"] == share
+    assert "embedding_clip_fraction" not in options
 
 
 def test_with_a_number_for_rho_the_rest_is_the_papers(tmp_path) -> None:
