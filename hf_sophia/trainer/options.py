@@ -99,7 +99,7 @@ OPTION_TABLES = {
 #: are the paper's, which are the constructor's.
 AUTO_DEFAULTS: dict[str, Any] = {
     "rho": AUTO,
-    "target_clip_fraction": 0.05,
+    "target_clip_fraction": 0.01,
     "embedding_clip_fraction": 0.5,
     "nesterov": True,
     "bias_correction": True,

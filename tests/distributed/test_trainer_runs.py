@@ -171,7 +171,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
     for run in (whole, resumed):
         shares = run[0]["shares"].items()
         assert {share for name, share in shares if ".wte." in name or ".wpe." in name} == {0.5}
-        assert {share for name, share in shares if ".h." in name or ".ln_f." in name} == {0.05}
+        assert {share for name, share in shares if ".h." in name or ".ln_f." in name} == {0.01}
     for name in ("params", "momenta", "hessians"):
         for one, other in zip(resumed[0][name], whole[0][name], strict=True):
             # Nothing but the order of sums may differ.

@@ -357,7 +357,7 @@ def test_the_report_shows_each_kind_of_parameter(tiny_gpt2, tmp_path) -> None:
     assert "| transformer.h.*.mlp.c_fc.weight" in text
     assert "transformer.h.0" not in text
     assert "| 0.03  |" in text
-    assert "`--optim sophia`, whose defaults are rho=auto,target_clip_fraction=0.05," in text
+    assert "`--optim sophia`, whose defaults are rho=auto,target_clip_fraction=0.01," in text
     assert "against AdamW's 0.001" in text
     assert found.overhead == pytest.approx(
         (found.refresh_seconds - found.plain_seconds) / found.plain_seconds / 10

@@ -74,7 +74,7 @@ def test_bad_options_are_errors_that_list_the_known_ones(name, text, message) ->
 def test_without_a_number_for_rho_it_follows_the_data(text, expected, tmp_path) -> None:
     args = TrainingArguments(tmp_path, optim="sophia", optim_args=text, learning_rate=1e-3)
     options = constructor_options("sophia", args, (0.9, 0.95))
-    auto = {"rho": "auto", "target_clip_fraction": 0.05, "embedding_clip_fraction": 0.5}
+    auto = {"rho": "auto", "target_clip_fraction": 0.01, "embedding_clip_fraction": 0.5}
     auto |= {"nesterov": True, "bias_correction": True}
     assert options == {"lr": 1e-3, "betas": (0.9, 0.95), **auto, **expected}
 
