@@ -168,7 +168,10 @@ class Diagnosis:
         return f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"
 
     def auto_rho(self, part: Sample) -> float | None:
-        """Return the threshold that `rho=auto` would begin with; None where nothing moves.
+        """Return the threshold that `rho=auto` would come to; None where nothing moves.
+
+        A run begins with far larger ones: its first h is of one estimate, many of whose values are
+        small by chance, and here it is of several.
 
         Args:
             part: A tensor's sample.

@@ -5,8 +5,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: Clip fractions that a working Sophia logs. The paper keeps 0.5 to 0.9, but less clipping can
-#: train as well; outside of this band one half of the method does nothing.
+#: Clip fractions that a Sophia with a number for rho logs where it works, one threshold for all
+#: tensors: the paper's are 0.5 to 0.9. Outside of this band the number is most likely a wrong one.
 HEALTHY_CLIPPING = (0.05, 0.95)
 
 #: The clip fraction is judged by this many logs in a row, after this many refreshes: h starts from

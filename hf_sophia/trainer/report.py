@@ -97,7 +97,7 @@ def _recommended(diagnosis: Diagnosis) -> str:
     lines = [
         ("options", f"`--optim sophia`, whose defaults are {defaults}"),
         (
-            f"a fixed rho that clips {diagnosis.target:.0%} of what has curvature",
+            f"a fixed rho that clips {100 * diagnosis.target:.2g} % of what has curvature",
             diagnosis.fixed_options(),
         ),
     ]
