@@ -58,7 +58,7 @@ def test_each_tensor_clips_the_share_that_was_asked_for(target) -> None:
 
 @pytest.mark.parametrize(
     ("size", "low", "high"),
-    # A sample of 1,024, seed 0: 1 % of rank has a standard deviation of 0.3 %, and three are allowed.
+    # A sample of 1,024, seed 0: 1 % of rank has a standard deviation of 0.3 %; three are allowed.
     # Of less than 100 coordinates one is clipped, as the threshold lies between the two largest.
     [(100_000, 0.001, 0.019), (1_000, 0.001, 0.019), (64, 1 / 64, 1 / 64), (2, 1 / 2, 1 / 2)],
 )
