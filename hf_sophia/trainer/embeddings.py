@@ -3,7 +3,7 @@
 A tensor's threshold is a quantile over all of its coordinates. The rows of an embedding are reached
 as often as their tokens occur, so that `|m| / h` spans far more there than within another matrix:
 the quantile that suits the others is that of the rarest tokens, and the rows of all others hardly
-move. With a larger share to clip they do.
+move. With a larger share to clip they do. So it is with the rows of an output layer.
 """
 
 import torch
@@ -12,18 +12,18 @@ from hf_sophia.optim import Sophia
 
 
 def embeddings_of(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    """Return the weights of a model's `torch.nn.Embedding` modules, an output tied to them too.
+    """Return the weights of a model's input and output embeddings: those with a row for each token.
 
     Args:
-        model: The model. The rows of PEFT's `prompt_encoder` are left out: every text has all of
-            them.
+        model: The model. Input embeddings are its `torch.nn.Embedding` modules, output embeddings
+            what its `get_output_embeddings` says, as in transformers. The rows of PEFT's
+            `prompt_encoder` are left out: every text has all of them.
     """
-    found = {
-        module.weight
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-        and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
-    }
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    if hasattr(model, "get_output_embeddings"):
+        modules.append(model.get_output_embeddings())
+    weights = (getattr(module, "weight", None) for module in modules)
+    found = {weight for weight in weights if isinstance(weight, torch.nn.Parameter)}
     prompts = getattr(model, "prompt_encoder", None)
     return found - set(prompts.parameters() if isinstance(prompts, torch.nn.Module) else ())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import Trainer
+from transformers import GPT2ForSequenceClassification, Trainer
 
 from hf_sophia import Sophia, SophiaTrainer, diagnose
 from hf_sophia.trainer.embeddings import embeddings_of, give_embeddings_their_share
@@ -169,6 +169,15 @@ def test_which_parameters_are_embeddings(tiny_gpt2) -> None:
     assert embeddings_of(model) == {model[0].weight, model[2].weight}
     del model[2].weight
     assert embeddings_of(model) == {model[0].weight}
+    # An output layer has a row for each token, a head for classes does not.
+    untied = tiny_gpt2(tie_word_embeddings=False)
+    names = {name for name, param in untied.named_parameters() if param in embeddings_of(untied)}
+    assert names == {*EMBEDDINGS, "lm_head.weight"}
+    classifier = GPT2ForSequenceClassification(untied.config)
+    assert embeddings_of(classifier) == {
+        classifier.transformer.wte.weight,
+        classifier.transformer.wpe.weight,
+    }
     # Every text has all rows of a prompt.
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     tuned = get_peft_model(tiny_gpt2(), config)
