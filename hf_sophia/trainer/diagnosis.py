@@ -9,7 +9,7 @@ from hf_sophia.trainer.options import AUTO_DEFAULTS, SHARED_CLIP_FRACTION
 
 #: Sophia's learning rate over AdamW's: a grid that held the best one for rho=auto in this package's
 #: studies.
-RATES = (0.25, 0.5, 1.0, 2.0)
+RATES = (0.5, 1.0, 2.0, 4.0)
 
 #: What part of the others' gradient may be rounding.
 _ROUNDING = 1e-3
@@ -189,8 +189,8 @@ class Diagnosis:
     def learning_rates(self) -> tuple[float, ...] | None:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
-        A rule of thumb for `rho=auto`. In this package's studies the best one was a half of AdamW's
-        or AdamW's own. With a number for rho and the paper's step a language model wanted far less,
+        A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own or
+        twice that. With a number for rho and the paper's step a language model wanted far less,
         a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:

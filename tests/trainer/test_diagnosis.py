@@ -221,12 +221,12 @@ def test_the_run_does_not_notice(tiny_gpt2, tmp_path) -> None:
 
 def test_learning_rates_are_a_grid_around_adamws_own(tiny_gpt2, tmp_path) -> None:
     found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim="adamw_torch", optim_args=None))
-    assert found.learning_rates() == (1.25e-3, 2.5e-3, 5e-3, 1e-2)
-    assert "one of 0.00125, 0.0025, 0.005, 0.01, against AdamW's 0.005" in report(found)
+    assert found.learning_rates() == (2.5e-3, 5e-3, 1e-2, 2e-2)
+    assert "one of 0.0025, 0.005, 0.01, 0.02, against AdamW's 0.005" in report(found)
     assert found.rho is None
     assert "ask for --optim adamw_torch" in messages(found, "note")[0]
     given = diagnose(trainer_of(tiny_gpt2(), tmp_path), adamw_lr=1e-3)
-    assert given.learning_rates() == (2.5e-4, 5e-4, 1e-3, 2e-3)
+    assert given.learning_rates() == (5e-4, 1e-3, 2e-3, 4e-3)
     assert diagnose(trainer_of(tiny_gpt2(), tmp_path)).learning_rates() is None
 
 
