@@ -83,7 +83,7 @@ def test_adapters_train_save_and_load_on_their_base(
         train_file=file,
         model_name_or_path=base,
         lora_r=4,
-        learning_rate=0.02,
+        learning_rate=0.1,
         max_steps=24,
         **SIZES,
     )
