@@ -190,8 +190,8 @@ class Diagnosis:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
         A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own to
-        four times that. With a number for rho and the paper's step a language model wanted far less,
-        a sixth.
+        four times that. With a number for rho and the paper's step a language model wanted far
+        less, a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
