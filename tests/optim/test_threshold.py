@@ -58,16 +58,17 @@ def test_each_tensor_clips_the_share_that_was_asked_for(target) -> None:
 
 @pytest.mark.parametrize(
     ("size", "low", "high"),
-    # A sample of 1,024, seed 0: 1 % of rank has a standard deviation of 0.3 %; three are allowed.
-    # Of less than 100 coordinates one is clipped, as the threshold lies between the two largest.
-    [(100_000, 0.001, 0.019), (1_000, 0.001, 0.019), (64, 1 / 64, 1 / 64), (2, 1 / 2, 1 / 2)],
+    # Of the first a sample of 1,024 is looked at, seed 0: 1 % of rank has a standard deviation of
+    # 0.3 %, and three are allowed. Of less than 100 coordinates one is clipped, as the threshold
+    # lies between the two largest.
+    [(100_000, 0.001, 0.019), (1_000, 0.01, 0.01), (64, 1 / 64, 1 / 64), (2, 1 / 2, 1 / 2)],
 )
 def test_small_shares_of_large_and_of_small_tensors(size, low, high) -> None:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(size, generator=generator))]
     optimizer = Sophia(params, lr=1e-3, rho="auto", target_clip_fraction=0.01, k=1)
     take_steps(optimizer, params, generator, 1, scales=[1.0])
-    assert low <= clipped_of(optimizer, params[0]) <= high
+    assert low - 1e-6 <= clipped_of(optimizer, params[0]) <= high + 1e-6
 
 
 def test_a_decay_that_is_added_to_the_gradient_is_counted_too() -> None:

@@ -148,7 +148,7 @@ def test_a_model_with_nothing_to_train_is_told_of(tiny_gpt2, tmp_path) -> None:
     assert "requires_grad is False for all" in messages(diagnose(trainer), "error")[0]
 
 
-def test_the_thresholds_are_those_that_auto_begins_with(tiny_gpt2, tmp_path) -> None:
+def test_the_thresholds_are_those_that_auto_comes_to(tiny_gpt2, tmp_path) -> None:
     for scope, target in (("tensor", 0.3), ("group", 0.2)):
         args = f"rho=auto,target_clip_fraction={target},rho_scope={scope},k=2"
         found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=args), steps=4)
