@@ -24,10 +24,11 @@ SAMPLE_SIZE = 1024
 #: Tensors whose quantiles are found in one call.
 ROWS_AT_ONCE = 4096
 
-#: How much of the old logarithm a refresh keeps. The first quantiles are far too large, as the first
-#: h is of few estimates, and how slowly rho leaves them is a warm-up of its own. On the small models
-#: of docs/evidence.md, with one seed, following at once in the first eight refreshes lost 0.01, 0.03
-#: and 0.06 nats; keeping 0.8 gained 0.01 and 0.03 in two settings and lost 0.03 in two others.
+#: How much of the old logarithm a refresh keeps. The first quantiles are far too large, as the
+#: first h is of few estimates, and how slowly rho leaves them is a warm-up of its own. On the
+#: small models of docs/evidence.md, with one seed, following at once in the first eight refreshes
+#: lost 0.01, 0.03 and 0.06 nats; keeping 0.8 gained 0.01 and 0.03 in two settings and lost 0.03 in
+#: two others.
 SMOOTHING = 0.5
 
 
