@@ -88,7 +88,7 @@ class Sophia(OwnEstimates, SophiaMetrics):
             `"auto"`: a threshold of its own for each tensor or group that follows the data, so that
             the share `target_clip_fraction` of the coordinates is clipped. It is the quantile of
             `|m| / max(h, eps)` over a fixed sample of coordinates, taken at each refresh and
-            averaged with the last in the logarithm.
+            averaged in the logarithm, with a half-life of ten steps.
         weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
         defaults: Further defaults of group values.
         k: Steps from one Hessian refresh to the next, >= 1; the same in every group.

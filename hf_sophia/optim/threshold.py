@@ -24,12 +24,13 @@ SAMPLE_SIZE = 1024
 #: Tensors whose quantiles are found in one call.
 ROWS_AT_ONCE = 4096
 
-#: How much of the old logarithm a refresh keeps. The first quantiles are far too large, as the
-#: first h is of few estimates, and how slowly rho leaves them is a warm-up of its own. On the
-#: small models of docs/evidence.md, with one seed, following at once in the first eight refreshes
-#: lost 0.01, 0.03 and 0.06 nats; keeping 0.8 gained 0.01 and 0.03 in two settings and lost 0.03 in
-#: two others.
-SMOOTHING = 0.5
+#: Steps in which a threshold forgets half of its logarithm, whatever k is. The first quantiles are
+#: far too large, as the first h is of few estimates, and how slowly rho leaves them is a warm-up of
+#: its own. On the small models of docs/evidence.md, with one seed and k = 10, following at once in
+#: the first eight refreshes lost 0.01, 0.03 and 0.06 nats; keeping 0.8 of the logarithm instead of
+#: 0.5 gained 0.01 and 0.03 in two settings and lost 0.03 in two others. With k = 1, keeping 0.5 at
+#: each step lost 0.14.
+HALF_LIFE = 10
 
 
 def sample_indices(size: int) -> torch.Tensor:
@@ -164,14 +165,16 @@ def _sharded_rows(params: Sequence[torch.Tensor]) -> Iterator[tuple[object, torc
         yield mesh, torch.tensor(found, device=local(params[found[0]]).device)
 
 
-def smoothed(old: torch.Tensor, quantile: torch.Tensor) -> torch.Tensor:
+def smoothed(old: torch.Tensor, quantile: torch.Tensor, steps: int) -> torch.Tensor:
     """Return the next thresholds, averaged in the logarithm; where one is 0, the other alone.
 
     Args:
         old: The thresholds so far, 0 where there is none yet.
         quantile: The new quantiles, 0 where nothing moved.
+        steps: The optimizer's steps from those to these.
     """
-    mixed = torch.exp(SMOOTHING * old.log() + (1.0 - SMOOTHING) * quantile.log())
+    kept = 0.5 ** (steps / HALF_LIFE)
+    mixed = torch.exp(kept * old.log() + (1.0 - kept) * quantile.log())
     return torch.where((old > 0.0) & (quantile > 0.0), mixed, torch.maximum(old, quantile))
 
 
@@ -211,7 +214,8 @@ def follow(
             together=batch.group["rho_scope"] == "group",
         )
         old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
-        for state, rho in zip(states, smoothed(old, quantiles), strict=True):
+        new = smoothed(old, quantiles, batch.group["k"])
+        for state, rho in zip(states, new, strict=True):
             state["rho"].copy_(rho)
 
 

@@ -84,7 +84,7 @@ def test_a_decay_that_is_added_to_the_gradient_is_counted_too() -> None:
         k=1,
         weight_decay=decay,
     )
-    for _ in range(30):
+    for _ in range(80):
         params[0].grad = torch.randn(600, generator=generator)
         optimizer.update_hessian({params[0]: torch.rand(600, generator=generator) + 0.5})
         optimizer.step()
@@ -139,7 +139,7 @@ def test_the_first_threshold_by_hand(corrected, weight) -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_threshold_follows_its_equations_through_refreshes(nesterov) -> None:
-    """In float64, of every coordinate, with weights of one half in the logarithm."""
+    """In float64, of every coordinate, with half of the logarithm kept over ten steps."""
     beta1, beta2, target, size = 0.6, 0.8, 0.3, 501
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(size))
@@ -161,14 +161,25 @@ def test_the_threshold_follows_its_equations_through_refreshes(nesterov) -> None
             ahead = beta1 * m + (1 - beta1) * param.grad.double() if nesterov else m
             ratios = ahead.abs() / (h / (1 - beta2**refreshes))
             quantile = ratios.quantile(1 - target).item()
-            rho = quantile if rho is None else (rho * quantile) ** 0.5
+            kept = 0.5 ** (optimizer.param_groups[0]["k"] / 10)
+            rho = quantile if rho is None else rho**kept * quantile ** (1 - kept)
         optimizer.step()
         assert optimizer.state[param]["rho"].item() == pytest.approx(rho, rel=1e-5)
 
 
 def test_thresholds_are_averaged_in_the_logarithm() -> None:
     old, new = torch.tensor([0.0, 1.0, 4.0, 0.0]), torch.tensor([3.0, 0.0, 1.0, 0.0])
-    torch.testing.assert_close(smoothed(old, new), torch.tensor([3.0, 1.0, 2.0, 0.0]))
+    torch.testing.assert_close(smoothed(old, new, 10), torch.tensor([3.0, 1.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_how_fast_thresholds_follow_does_not_depend_on_k(k) -> None:
+    old, new = torch.tensor([5.0]), torch.tensor([0.2])
+    every_step = old
+    for _ in range(20 // k):
+        every_step = smoothed(every_step, new, k)
+    # Half of the way in the logarithm in 10 steps, three quarters in 20.
+    torch.testing.assert_close(every_step, (old.log() / 4 + new.log() * 3 / 4).exp())
 
 
 @pytest.mark.parametrize("size", [1, 7, SAMPLE_SIZE, SAMPLE_SIZE + 1, 64 * 1024, 50257 * 768])

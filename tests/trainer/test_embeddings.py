@@ -84,7 +84,7 @@ def test_each_kind_clips_its_share(tiny_gpt2, tmp_path) -> None:
 
     trainer = SophiaTrainer(
         tiny_gpt2(),
-        arguments(tmp_path, optim_args=options, max_steps=30),
+        arguments(tmp_path, optim_args=options, max_steps=100),
         train_dataset=dataset(),
     )
     trainer.create_optimizer().register_step_pre_hook(keep)
