@@ -7,9 +7,10 @@ import torch
 
 from hf_sophia.trainer.options import AUTO_DEFAULTS, SHARED_CLIP_FRACTION
 
-#: Sophia's learning rate over AdamW's: a grid that held the best one for rho=auto in this package's
-#: studies.
-RATES = (0.5, 1.0, 2.0, 4.0)
+#: Sophia's learning rate over AdamW's: for each estimator a grid that held the best one for
+#: rho=auto in this package's studies. Where Hutchinson's h is negative, coordinates take full
+#: steps, as all do under sign momentum, which wants far smaller ones.
+RATES = {"gnb": (0.5, 1.0, 2.0, 4.0), "hutchinson": (0.125, 0.25, 0.5)}
 
 #: What part of the others' gradient may be rounding.
 _ROUNDING = 1e-3
@@ -107,6 +108,7 @@ class Diagnosis:
             of `rho_scope=group`.
         rho_scope: What has a threshold of its own then.
         nesterov: Whether n looks ahead.
+        estimator: `"gnb"` or `"hutchinson"`.
         adamw_lr: The learning rate of AdamW to compare with, or None.
         not_fused: Why the optimizer's step is not taken in one pass, with the share of coordinates.
         findings: Errors, warnings and notes.
@@ -126,6 +128,7 @@ class Diagnosis:
     target: float = SHARED_CLIP_FRACTION
     rho_scope: str = "tensor"
     nesterov: bool = AUTO_DEFAULTS["nesterov"]
+    estimator: str = "gnb"
     adamw_lr: float | None = None
     not_fused: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -144,6 +147,13 @@ class Diagnosis:
     def samples(self) -> list[Sample]:
         """Those of all tensors that a gradient reaches."""
         return [part for curvature in self.curvatures for part in curvature.tensors]
+
+    @property
+    def flat_share(self) -> float:
+        """Of the coordinates that move, the share whose curvature is at most eps."""
+        weights = _weights(self.samples) * torch.cat([part.ratio > 0 for part in self.samples])
+        flat = torch.cat([part.h <= part.eps for part in self.samples])
+        return float(weights[flat].sum() / weights.sum())
 
     def clip_fraction(self, rho: float) -> float:
         """Predict the share of the coordinates that move which a threshold would clip."""
@@ -190,12 +200,12 @@ class Diagnosis:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
         A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own to
-        four times that. With a number for rho and the paper's step a language model wanted far
-        less, a sixth.
+        four times that, with Hutchinson's estimator a third. With a number for rho and the paper's
+        step a language model wanted far less, a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
-        return tuple(rate * self.adamw_lr for rate in RATES)
+        return tuple(rate * self.adamw_lr for rate in RATES[self.estimator])
 
 
 def _counted(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

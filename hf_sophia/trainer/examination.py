@@ -126,6 +126,7 @@ def diagnose(
             if diagnosis.rho_scope == "group":
                 diagnosis.target = asked["target_clip_fraction"]
         diagnosis.nesterov = asked.get("nesterov", False)
+        diagnosis.estimator = asked.get("hessian_computation_type", diagnosis.estimator)
         if size == 0:
             raise ValueError(
                 "the model has no parameter to train: requires_grad is False for all of them."

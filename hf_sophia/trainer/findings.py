@@ -81,9 +81,18 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
             " 0. Does the loss reach them other than through the logits, or is the model"
             " that certain?",
         )
+    signed = diagnosis.estimator == "hutchinson"
+    if signed and (share := diagnosis.flat_share) > MANY_FLAT:
+        add(
+            "warning",
+            f"{share:.0%} of the coordinates that move have a Hessian of at most eps={eps:g}:"
+            " Hutchinson's estimates have both signs, and so has their average where it is mostly"
+            " noise. These coordinates take full steps of lr, beside the share that rho=auto clips,"
+            " and want smaller ones than with gnb: the learning rates below are for that",
+        )
     for curvature in diagnosis.curvatures:
         worst = max((part.flat_share for part in curvature.tensors), default=0.0)
-        if worst > MANY_FLAT and curvature.kind not in flat:
+        if worst > MANY_FLAT and curvature.kind not in flat and not signed:
             curved = torch.cat([part.h[part.h > part.eps] for part in curvature.tensors])
             add(
                 "warning",

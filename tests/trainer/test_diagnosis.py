@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import re
 import statistics
 from collections.abc import Iterator
 
@@ -228,6 +229,13 @@ def test_learning_rates_are_a_grid_around_adamws_own(tiny_gpt2, tmp_path) -> Non
     given = diagnose(trainer_of(tiny_gpt2(), tmp_path), adamw_lr=1e-3)
     assert given.learning_rates() == (5e-4, 1e-3, 2e-3, 4e-3)
     assert diagnose(trainer_of(tiny_gpt2(), tmp_path)).learning_rates() is None
+    # Where Hutchinson's h is negative, steps are full. It is told of once, not for each kind.
+    options = "hessian_computation_type=hutchinson"
+    signed = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=options), adamw_lr=1e-3)
+    assert signed.learning_rates() == (1.25e-4, 2.5e-4, 5e-4)
+    told = [message for message in messages(signed, "warning") if "a Hessian of at most" in message]
+    assert len(told) == 1
+    assert re.match(r"[45]\d% of the coordinates that move .* have both signs", told[0])
 
 
 @pytest.mark.parametrize(
