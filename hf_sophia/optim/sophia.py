@@ -88,7 +88,8 @@ class Sophia(OwnEstimates, SophiaMetrics):
             `"auto"`: a threshold of its own for each tensor or group that follows the data, so that
             the share `target_clip_fraction` of the coordinates is clipped. It is the quantile of
             `|m| / max(h, eps)` over a fixed sample of coordinates, taken at each refresh and
-            averaged in the logarithm, with a half-life of ten steps.
+            averaged in the logarithm, with a half-life of ten steps. Until a parameter has an
+            estimate its steps are those of the sign.
         weight_decay: A `WeightDecay`, or its strength as a number (then decoupled).
         defaults: Further defaults of group values.
         k: Steps from one Hessian refresh to the next, >= 1; the same in every group.
@@ -476,7 +477,9 @@ class Sophia(OwnEstimates, SophiaMetrics):
                 decay = self.weight_decay
                 l2 = 0.0 if decay.weight_decouple else batch.group["weight_decay"]
                 targets = [self.clip_fraction_asked(p, batch.group) for p in batch.params]
-                follow(batch, own, samples, targets, l2)
+                # Between refreshes, for those that have none yet.
+                due = batch.group["refreshed_step"] == self._current_step
+                follow(batch, own, samples, targets, batch.group["k"] if due else 0, l2)
         calls = [
             (call, rho, own)
             for (_, plan), rho, own in zip(shares, rhos, scalars, strict=True)

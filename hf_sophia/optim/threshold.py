@@ -24,12 +24,9 @@ SAMPLE_SIZE = 1024
 #: Tensors whose quantiles are found in one call.
 ROWS_AT_ONCE = 4096
 
-#: Steps in which a threshold forgets half of its logarithm, whatever k is. The first quantiles are
-#: far too large, as the first h is of few estimates, and how slowly rho leaves them is a warm-up of
-#: its own. On the small models of docs/evidence.md, with one seed and k = 10, following at once in
-#: the first eight refreshes lost 0.01, 0.03 and 0.06 nats; keeping 0.8 of the logarithm instead of
-#: 0.5 gained 0.01 and 0.03 in two settings and lost 0.03 in two others. With k = 1, keeping 0.5 at
-#: each step lost 0.14.
+#: Steps in which a threshold forgets half of its logarithm. The first quantiles are far too large,
+#: as the first h is of few estimates, and how slowly rho leaves them is a warm-up of its own:
+#: following at once was worse wherever it was tried, and half of it at each refresh was for k = 1.
 HALF_LIFE = 10
 
 
@@ -118,14 +115,14 @@ def clipping_quantiles(
     Args:
         params: Parameters of one device.
         samples: Their sampled coordinates.
-        ratios: `|m| / max(h, eps)` at the local ones of these; negative where h is below eps. Those
-            say nothing of a scale and are only counted where there are no others.
+        ratios: `|m| / h` at the local ones of these; 0 where h is at most eps, as `|m| / eps` is no
+            scale of anything.
         target: The share, in (0, 1).
         together: One threshold for all of them, each counted by its size, instead of one each.
 
     Returns:
         Shape (len(params),), in fp32, on the parameters' device; 0 where nothing in the sample
-        moves. The same on all processes, without a device sync.
+        moves and has curvature. The same on all processes, without a device sync.
     """
     width = max(1, *(sample.size for sample in samples))
     table = ratios[0].new_full((len(params), width), 0.0, dtype=torch.float32)
@@ -137,19 +134,16 @@ def clipping_quantiles(
         distributed.all_reduce(part, group=mesh.get_group(0))
         table[rows] = part
     # Coordinates that do not move, of rows of an embedding that no batch had for instance, are 0.
-    curved = table > 0.0
-    some = curved.any() if together else curved.any(dim=1, keepdim=True)
-    moving = torch.where(some, curved, table < 0.0)
-    table.abs_()
+    counted = table > 0.0
     if not together:
         # In parts: torch's quantile takes 2^24 elements at most.
-        parts = table.where(moving, torch.nan).split(ROWS_AT_ONCE)
+        parts = table.where(counted, torch.nan).split(ROWS_AT_ONCE)
         quantiles = torch.cat([part.nanquantile(1.0 - target, dim=1) for part in parts])
         return quantiles.nan_to_num(0.0)
     each = [
         param.numel() / max(sample.size, 1) for param, sample in zip(params, samples, strict=True)
     ]
-    weight = torch.tensor(each, device=table.device)[:, None].where(moving, 0.0).reshape(-1)
+    weight = torch.tensor(each, device=table.device)[:, None].where(counted, 0.0).reshape(-1)
     values, order = table.reshape(-1).sort()
     below = weight[order].cumsum(0)
     place = torch.searchsorted(below, (1.0 - target) * below[-1]).clamp(max=len(values) - 1)
@@ -170,8 +164,8 @@ def smoothed(old: torch.Tensor, quantile: torch.Tensor, steps: int) -> torch.Ten
 
     Args:
         old: The thresholds so far, 0 where there is none yet.
-        quantile: The new quantiles, 0 where nothing moved.
-        steps: The optimizer's steps from those to these.
+        quantile: The new quantiles, 0 where there is none.
+        steps: The optimizer's steps from those to these; 0 keeps those that there are.
     """
     kept = 0.5 ** (steps / HALF_LIFE)
     mixed = torch.exp(kept * old.log() + (1.0 - kept) * quantile.log())
@@ -183,15 +177,19 @@ def follow(
     scalars: StepScalars,
     samples: MutableMapping[torch.Tensor, CoordinateSample],
     targets: Sequence[float],
+    steps: int,
     l2: float = 0.0,
 ) -> None:
     """Bring the thresholds of a group towards this step's quantiles, in place.
+
+    A parameter without curvature keeps the threshold it has: 0 at first, and sign steps.
 
     Args:
         batch: Its parameters with finite gradients; their state has `exp_avg`, `hessian` and `rho`.
         scalars: The options of the step that follows.
         samples: Each parameter's sample, made here where there is none.
         targets: The share to clip of each parameter; where one threshold is for all, the same.
+        steps: As in `smoothed`.
         l2: How much of a parameter the step adds to its gradient: weight decay, not decoupled.
     """
     alike: dict[tuple[torch.device, float], list[int]] = {}
@@ -214,7 +212,7 @@ def follow(
             together=batch.group["rho_scope"] == "group",
         )
         old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
-        new = smoothed(old, quantiles, batch.group["k"])
+        new = smoothed(old, quantiles, steps)
         for state, rho in zip(states, new, strict=True):
             state["rho"].copy_(rho)
 
@@ -238,5 +236,4 @@ def _sampled_ratios(
     if scalars.nesterov:
         m = m.lerp_(g, 1.0 - scalars.beta1)
     divisor = curvature(h, scalars)
-    ratio = m.abs_().div_(divisor)
-    return torch.where(divisor > scalars.eps, ratio, -ratio)
+    return m.abs_().div_(divisor).where(divisor > scalars.eps, 0.0)

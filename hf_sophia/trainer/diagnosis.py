@@ -39,6 +39,7 @@ class Sample(NamedTuple):
         n: What the step divides by h and clips: |m|, with Nesterov's momentum its look ahead.
         m: |m|.
         h: The Hessian, at least eps.
+        negative: Where it was below 0.
         weight: How many coordinates each of these stands for.
         eps: The bound on h.
         group: The parameter group of the tensor.
@@ -48,6 +49,7 @@ class Sample(NamedTuple):
     n: torch.Tensor
     m: torch.Tensor
     h: torch.Tensor
+    negative: torch.Tensor
     weight: float
     eps: float
     group: int = 0
@@ -59,17 +61,22 @@ class Sample(NamedTuple):
         return self.n / self.h
 
     @property
-    def flat_share(self) -> float:
-        """Of the coordinates that move, the share whose curvature is at most eps.
+    def moving(self) -> torch.Tensor:
+        """Where there is a gradient worth the name; nowhere, where nothing has curvature.
 
-        Only those with a gradient worth the name: what stands before a softmax that does not depend
-        on it, as a bias of attention's keys, has one of rounding alone.
+        What stands before a softmax that does not depend on it, as a bias of attention's keys, has
+        one of rounding alone.
         """
         curved = self.h > self.eps
         if not curved.any():
-            return 0.0
-        moving = self.m > _ROUNDING * self.m[curved].median()
-        return float((moving & ~curved).sum() / moving.sum().clamp(min=1))
+            return curved
+        return self.m > _ROUNDING * self.m[curved].median()
+
+    @property
+    def flat_share(self) -> float:
+        """Of the coordinates that move, the share whose curvature is from 0 to eps."""
+        flat = self.moving & (self.h <= self.eps) & ~self.negative
+        return float(flat.sum() / self.moving.sum().clamp(min=1))
 
 
 @dataclass(frozen=True)
@@ -149,11 +156,11 @@ class Diagnosis:
         return [part for curvature in self.curvatures for part in curvature.tensors]
 
     @property
-    def flat_share(self) -> float:
-        """Of the coordinates that move, the share whose curvature is at most eps."""
-        weights = _weights(self.samples) * torch.cat([part.ratio > 0 for part in self.samples])
-        flat = torch.cat([part.h <= part.eps for part in self.samples])
-        return float(weights[flat].sum() / weights.sum())
+    def negative_share(self) -> float:
+        """Of the coordinates that move, the share whose Hessian is negative."""
+        weights = _weights(self.samples) * torch.cat([part.moving for part in self.samples])
+        negative = torch.cat([part.negative for part in self.samples])
+        return float(weights[negative].sum() / weights.sum().clamp(min=1))
 
     def clip_fraction(self, rho: float) -> float:
         """Predict the share of the coordinates that move which a threshold would clip."""
@@ -175,10 +182,15 @@ class Diagnosis:
         them it would clip another share.
         """
         nesterov = str(self.nesterov).lower()
-        return f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"
+        options = f"rho={self.rho_for(self.target):.2g},nesterov={nesterov},bias_correction=true"
+        return options if self.estimator == "gnb" else f"{options},{self.estimator_option()}"
+
+    def estimator_option(self) -> str:
+        """Return the option that asks for the run's estimator."""
+        return f"hessian_computation_type={self.estimator}"
 
     def auto_rho(self, part: Sample) -> float | None:
-        """Return the threshold that `rho=auto` would come to; None where nothing moves.
+        """Return the threshold that `rho=auto` would come to; None: none, and sign steps.
 
         A run begins with far larger ones: its first h is of one estimate, many of whose values are
         small by chance, and here it is of several.
@@ -189,9 +201,9 @@ class Diagnosis:
         together = [part]
         if self.rho_scope == "group":
             together = [other for other in self.samples if other.group == part.group]
-        ratios, weights = _counted(together)
-        if not len(ratios):
+        if not any(((other.ratio > 0) & (other.h > other.eps)).any() for other in together):
             return None
+        ratios, weights = _counted(together)
         if self.rho_scope == "tensor":
             return float(ratios.quantile(1.0 - part.target))
         return _quantile(ratios, weights, 1.0 - part.target)

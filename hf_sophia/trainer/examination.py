@@ -343,10 +343,10 @@ def _collect(
             h = sample.take(state["hessian"]).float().cpu() / (group["hessian_weight"] or 1.0)
             weight = param.numel() / max(sample.size, 1)
             eps = group["eps"]
-            h = h.clamp(min=eps)
             target = targets.get(param) or optimizer.clip_fraction_asked(param, group)
             n, m = n.abs().cpu(), m.abs().cpu()
-            found.tensors.append(Sample(n, m, h, weight, eps, index, target))
+            negative, h = h < 0.0, h.clamp(min=eps)
+            found.tensors.append(Sample(n, m, h, negative, weight, eps, index, target))
     diagnosis.curvatures = list(by_kind.values())
     size = sum(curvature.size for curvature in diagnosis.curvatures)
     diagnosis.not_fused = {why: n / size for why, n in optimizer.not_fused().items()}

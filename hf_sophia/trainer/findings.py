@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.trainer import Trainer
 
-from hf_sophia.trainer.diagnosis import Diagnosis, Finding
+from hf_sophia.trainer.diagnosis import RATES, Diagnosis, Finding
 from hf_sophia.trainer.health import HEALTHY_CLIPPING
 
 #: What counts as few: predictions in a refresh, refreshes in a run.
@@ -72,27 +72,31 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
         curvature.kind
         for curvature in diagnosis.curvatures
         if curvature.kind not in (*unreached, *still)
-        and all((part.h <= eps).all() for part in curvature.tensors)
+        and all(((part.h <= eps) & ~part.negative).all() for part in curvature.tensors)
     ]
     if flat:
+        why = {
+            "gnb": "Does the loss reach them other than through the logits, or is the model that"
+            " certain?",
+            "hutchinson": "Is the loss linear in them, or eps too large?",
+        }
         add(
             "warning",
             f"the Hessian of {_listed(flat)} is at most eps={eps:g} although gradients are not"
-            " 0. Does the loss reach them other than through the logits, or is the model"
-            " that certain?",
+            f" 0. {why[diagnosis.estimator]}",
         )
-    signed = diagnosis.estimator == "hutchinson"
-    if signed and (share := diagnosis.flat_share) > MANY_FLAT:
+    if diagnosis.negative_share > MANY_FLAT:
+        low, high = min(RATES[diagnosis.estimator]), max(RATES[diagnosis.estimator])
         add(
             "warning",
-            f"{share:.0%} of the coordinates that move have a Hessian of at most eps={eps:g}:"
-            " Hutchinson's estimates have both signs, and so has their average where it is mostly"
-            " noise. These coordinates take full steps of lr, beside the share that rho=auto clips,"
-            " and want smaller ones than with gnb: the learning rates below are for that",
+            f"the Hessian of {diagnosis.negative_share:.0%} of the coordinates that move is"
+            " negative: Hutchinson's estimates have both signs, and so has their average where it"
+            " is mostly noise. There steps are full, and want to be smaller than with gnb: try"
+            f" {low:g} to {high:g} times AdamW's learning rate",
         )
     for curvature in diagnosis.curvatures:
         worst = max((part.flat_share for part in curvature.tensors), default=0.0)
-        if worst > MANY_FLAT and curvature.kind not in flat and not signed:
+        if worst > MANY_FLAT and curvature.kind not in flat:
             curved = torch.cat([part.h[part.h > part.eps] for part in curvature.tensors])
             add(
                 "warning",

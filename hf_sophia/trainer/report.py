@@ -94,8 +94,11 @@ def _ladder(diagnosis: Diagnosis) -> str:
 
 def _recommended(diagnosis: Diagnosis) -> str:
     defaults = ",".join(f"{name}={value}".lower() for name, value in AUTO_DEFAULTS.items())
+    options = "`--optim sophia`"
+    if diagnosis.estimator != "gnb":
+        options += f" with {diagnosis.estimator_option()}"
     lines = [
-        ("options", f"`--optim sophia`, whose defaults are {defaults}"),
+        ("options", f"{options}, whose defaults are {defaults}"),
         (
             f"a fixed rho that clips {100 * diagnosis.target:.2g} % of what has curvature",
             diagnosis.fixed_options(),

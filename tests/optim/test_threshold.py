@@ -228,7 +228,49 @@ def test_coordinates_without_curvature_do_not_set_the_threshold(scope) -> None:
     # Of 41 ... 100, those with curvature, a fifth is above.
     assert 87.5 <= rho <= 89.0
     other = float(optimizer.state[params[1]]["rho"])
-    assert other == rho if scope == "group" else other == pytest.approx(40.2e12, rel=0.01)
+    assert other == (rho if scope == "group" else 0.0)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "group"])
+@pytest.mark.parametrize("k", [1, 2, 10])
+def test_the_first_estimate_gives_the_first_threshold_however_late(k, scope) -> None:
+    """Steps are those of the sign until then, and no threshold of before holds it back."""
+    param = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = Sophia([param], lr=1.0, betas=(0.0, 0.0), rho="auto", k=k, rho_scope=scope)
+    for _ in range(2 * k + 1):
+        before = param.detach().clone()
+        param.grad = torch.arange(1.0, 1001.0)
+        if optimizer.hessian_due:
+            seen = optimizer.param_groups[0]["refreshed_step"] == k + 1
+            optimizer.update_hessian({param: torch.full((1000,), 2.0)} if seen else {})
+        optimizer.step()
+        if optimizer.param_groups[0]["refreshed_step"] <= k + 1:
+            torch.testing.assert_close(before - param.detach(), torch.ones(1000))
+    # The half that is clipped by default.
+    assert optimizer.state[param]["rho"].item() == pytest.approx(250.0, abs=1.0)
+    assert optimizer.clip_fraction().item() == pytest.approx(0.5, abs=0.002)
+
+
+def test_a_parameter_that_joins_between_refreshes_leaves_the_others_thresholds() -> None:
+    old, new = (torch.nn.Parameter(torch.zeros(100)) for _ in range(2))
+    optimizer = Sophia([old, new], lr=1e-3, betas=(0.0, 0.0), rho="auto", k=4)
+    for step in range(1, 10):
+        old.grad = step * torch.arange(1.0, 101.0)
+        if step >= 3:
+            new.grad = torch.arange(1.0, 101.0)
+        if optimizer.hessian_due:
+            estimates = {old: torch.ones(100), new: torch.full((100,), 5.0)}
+            optimizer.update_hessian({p: e for p, e in estimates.items() if p.grad is not None})
+        optimizer.step()
+        if step in (1, 3, 4):
+            assert optimizer.state[old]["rho"].item() == pytest.approx(50.5)
+        if step == 3:
+            assert optimizer.state[new]["rho"].item() == 0.0
+        if step == 5:
+            kept = 0.5**0.4
+            expected = 50.5 * 5 ** (1 - kept)
+            assert optimizer.state[old]["rho"].item() == pytest.approx(expected)
+            assert optimizer.state[new]["rho"].item() == pytest.approx(10.1)
 
 
 @pytest.mark.filterwarnings("ignore:Sophia steps without")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_sophia import Sophia, SophiaTrainer, diagnose
+from hf_sophia.trainer.diagnosis import Curvature, Diagnosis, Sample
 from hf_sophia.trainer.options import SHARED_CLIP_FRACTION
 from hf_sophia.trainer.report import report
 
@@ -233,9 +234,33 @@ def test_learning_rates_are_a_grid_around_adamws_own(tiny_gpt2, tmp_path) -> Non
     options = "hessian_computation_type=hutchinson"
     signed = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=options), adamw_lr=1e-3)
     assert signed.learning_rates() == (1.25e-4, 2.5e-4, 5e-4)
-    told = [message for message in messages(signed, "warning") if "a Hessian of at most" in message]
+    told = [message for message in messages(signed, "warning") if "Hessian of" in message]
     assert len(told) == 1
-    assert re.match(r"[45]\d% of the coordinates that move .* have both signs", told[0])
+    assert re.match(r"the Hessian of [45]\d% of the coordinates that move is negative", told[0])
+    assert "try 0.125 to 0.5 times AdamW's learning rate" in told[0]
+    assert f"`--optim sophia` with {options}, whose defaults" in report(signed)
+    assert signed.fixed_options().endswith(f",bias_correction=true,{options}")
+    assert not any("is negative" in message for message in messages(given, "warning"))
+    # Of an optimizer that the script made, too.
+    model = tiny_gpt2()
+    trainer = trainer_of(model, tmp_path, optim="adamw_torch", optim_args=None)
+    trainer.optimizer = Sophia(
+        model.parameters(), rho="auto", hessian_computation_type="hutchinson"
+    )
+    assert diagnose(trainer, steps=6).estimator == "hutchinson"
+
+
+def test_the_negative_share_counts_what_moves_by_the_size_of_its_tensor() -> None:
+    m, h = torch.tensor([1.0, 1.0, 1e-9, 1.0]), torch.tensor([1.0, 1e-12, 1e-12, 1.0])
+    negative = torch.tensor([False, True, True, False])
+    large = Sample(m, m, h, negative, 30.0, 1e-12)
+    small = Sample(m[:1], m[:1], h[:1], negative[:1], 10.0, 1e-12)
+    found = Diagnosis("", curvatures=[Curvature("", 130, [large, small])])
+    # The third one's gradient is rounding.
+    assert found.negative_share == pytest.approx(30 / 100)
+    assert large.flat_share == 0.0
+    zero = large._replace(negative=torch.zeros(4, dtype=torch.bool))
+    assert zero.flat_share == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
