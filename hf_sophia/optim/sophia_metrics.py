@@ -31,11 +31,12 @@ class SophiaMetrics(BaseOptimizer):
 
     @torch.no_grad()
     def mean_rho(self) -> torch.Tensor:
-        """Return the geometric mean of rho over all coordinates that have moved.
+        """Return the geometric mean of rho over all coordinates that have moved and have one.
 
-        A zero-dimensional fp32 tensor on the parameters' device, without a device sync.
+        A zero-dimensional fp32 tensor on the parameters' device, without a device sync; 0 where no
+        parameter has a threshold yet.
         """
-        logs, sizes = [], []
+        rhos, sizes = [], []
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param)
@@ -43,14 +44,16 @@ class SophiaMetrics(BaseOptimizer):
                 # A run that had a number before has no threshold where nothing moved since.
                 if state and state["step"] and (not auto or "rho" in state):
                     own = state["rho"] if auto else torch.tensor(group["rho"])
-                    logs.append(
-                        own.clamp(min=SMALLEST_RHO).to(local(param).device, torch.float32).log()
-                    )
+                    rhos.append(own.to(local(param).device, torch.float32))
                     sizes.append(param.numel())
-        if not logs:
+        if not rhos:
             return torch.zeros(())
-        together = torch.stack([log.to(logs[0].device) for log in logs])
-        return torch.dot(together, together.new_tensor(sizes) / sum(sizes)).exp()
+        together = torch.stack([rho.to(rhos[0].device) for rho in rhos])
+        # Without curvature a parameter has none: its 0 says nothing of the others' scale.
+        weights = together.new_tensor(sizes).where(together > 0.0, 0.0)
+        logs = together.clamp(min=SMALLEST_RHO).log()
+        mean = torch.dot(logs, weights / weights.sum().clamp(min=1.0)).exp()
+        return mean.where(weights.any(), 0.0)
 
     @torch.no_grad()
     def hessian_norm(self) -> torch.Tensor:

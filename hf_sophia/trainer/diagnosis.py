@@ -1,5 +1,6 @@
 """What the doctor found in a run: the sampled curvature, what follows from it, and its findings."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,9 +9,12 @@ import torch
 from hf_sophia.trainer.options import AUTO_DEFAULTS, SHARED_CLIP_FRACTION
 
 #: Sophia's learning rate over AdamW's: for each estimator a grid that held the best one for
-#: rho=auto in this package's studies. Where Hutchinson's h is negative, coordinates take full
-#: steps, as all do under sign momentum, which wants far smaller ones.
+#: rho=auto in this package's studies, with the default shares. Where Hutchinson's h is negative,
+#: coordinates take full steps, as all do under sign momentum, which wants far smaller ones.
 RATES = {"gnb": (0.5, 1.0, 2.0, 4.0), "hutchinson": (0.125, 0.25, 0.5)}
+
+#: The same with one threshold for a group, which clips far more.
+GROUP_RATES = (0.25, 0.5, 1.0, 2.0)
 
 #: What part of the others' gradient may be rounding.
 _ROUNDING = 1e-3
@@ -62,19 +66,20 @@ class Sample(NamedTuple):
 
     @property
     def moving(self) -> torch.Tensor:
-        """Where there is a gradient worth the name; nowhere, where nothing has curvature.
+        """Where there is a gradient worth the name.
 
         What stands before a softmax that does not depend on it, as a bias of attention's keys, has
         one of rounding alone.
         """
-        curved = self.h > self.eps
-        if not curved.any():
-            return curved
-        return self.m > _ROUNDING * self.m[curved].median()
+        curved = self.m[self.h > self.eps]
+        typical = curved if len(curved) else self.m[self.m > 0.0]
+        return self.m > _ROUNDING * (typical.median() if len(typical) else math.inf)
 
     @property
     def flat_share(self) -> float:
         """Of the coordinates that move, the share whose curvature is from 0 to eps."""
+        if not (self.h > self.eps).any():
+            return 0.0  # of these another finding tells
         flat = self.moving & (self.h <= self.eps) & ~self.negative
         return float(flat.sum() / self.moving.sum().clamp(min=1))
 
@@ -212,12 +217,16 @@ class Diagnosis:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
         A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own to
-        four times that, with Hutchinson's estimator a third. With a number for rho and the paper's
-        step a language model wanted far less, a sixth.
+        four times that, with one threshold for a group a third to twice, with Hutchinson's
+        estimator a third. With a number for rho and the paper's step a language model wanted far
+        less, a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
-        return tuple(rate * self.adamw_lr for rate in RATES[self.estimator])
+        rates = RATES[self.estimator]
+        if self.rho_scope == "group" and self.estimator == "gnb":
+            rates = GROUP_RATES
+        return tuple(rate * self.adamw_lr for rate in rates)
 
 
 def _counted(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

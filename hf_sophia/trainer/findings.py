@@ -72,7 +72,8 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
         curvature.kind
         for curvature in diagnosis.curvatures
         if curvature.kind not in (*unreached, *still)
-        and all(((part.h <= eps) & ~part.negative).all() for part in curvature.tensors)
+        and all((part.h <= eps).all() for part in curvature.tensors)
+        and not all(part.negative.any() for part in curvature.tensors)
     ]
     if flat:
         why = {

@@ -266,6 +266,7 @@ def test_a_parameter_that_joins_between_refreshes_leaves_the_others_thresholds()
             assert optimizer.state[old]["rho"].item() == pytest.approx(50.5)
         if step == 3:
             assert optimizer.state[new]["rho"].item() == 0.0
+            assert optimizer.mean_rho().item() == pytest.approx(50.5)
         if step == 5:
             kept = 0.5**0.4
             expected = 50.5 * 5 ** (1 - kept)

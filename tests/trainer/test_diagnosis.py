@@ -261,6 +261,16 @@ def test_the_negative_share_counts_what_moves_by_the_size_of_its_tensor() -> Non
     assert large.flat_share == 0.0
     zero = large._replace(negative=torch.zeros(4, dtype=torch.bool))
     assert zero.flat_share == pytest.approx(1 / 3)
+    # Of another all are negative.
+    below = Sample(m[:2], m[:2], h[1:3], negative[1:3], 50.0, 1e-12)
+    found.curvatures.append(Curvature("", 100, [below]))
+    assert found.negative_share == pytest.approx(130 / 200)
+    assert below.flat_share == 0.0
+
+
+def test_one_threshold_for_a_group_wants_smaller_learning_rates(tiny_gpt2, tmp_path) -> None:
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args="rho_scope=group"), adamw_lr=4e-3)
+    assert found.learning_rates() == (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 @pytest.mark.parametrize(
