@@ -223,10 +223,14 @@ class Diagnosis:
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
-        rates = RATES[self.estimator]
-        if self.rho_scope == "group" and self.estimator == "gnb":
-            rates = GROUP_RATES
-        return tuple(rate * self.adamw_lr for rate in rates)
+        return tuple(rate * self.adamw_lr for rate in self.rates())
+
+    def rates(self) -> tuple[float, ...]:
+        """Return the learning rates to try over AdamW's."""
+        if self.rho_scope == "group" and self.estimator != "hutchinson":
+            return GROUP_RATES
+        # An estimator that was added has not been measured: as for squares, which have one sign.
+        return RATES.get(self.estimator, RATES["gnb"])
 
 
 def _counted(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.trainer import Trainer
 
-from hf_sophia.trainer.diagnosis import RATES, Diagnosis, Finding
+from hf_sophia.trainer.diagnosis import Diagnosis, Finding
 from hf_sophia.trainer.health import HEALTHY_CLIPPING
 
 #: What counts as few: predictions in a refresh, refreshes in a run.
@@ -73,21 +73,21 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
         for curvature in diagnosis.curvatures
         if curvature.kind not in (*unreached, *still)
         and all((part.h <= eps).all() for part in curvature.tensors)
-        and not all(part.negative.any() for part in curvature.tensors)
+        and not all(part.negative.all() for part in curvature.tensors)
     ]
     if flat:
-        why = {
-            "gnb": "Does the loss reach them other than through the logits, or is the model that"
-            " certain?",
-            "hutchinson": "Is the loss linear in them, or eps too large?",
-        }
+        why = (
+            "Does the loss reach them other than through the logits, or is the model that certain?"
+        )
+        if diagnosis.estimator == "hutchinson":
+            why = "Is the loss linear in them, or eps too large?"
         add(
             "warning",
             f"the Hessian of {_listed(flat)} is at most eps={eps:g} although gradients are not"
-            f" 0. {why[diagnosis.estimator]}",
+            f" 0. {why}",
         )
     if diagnosis.negative_share > MANY_FLAT:
-        low, high = min(RATES[diagnosis.estimator]), max(RATES[diagnosis.estimator])
+        low, *_, high = diagnosis.rates()
         add(
             "warning",
             f"the Hessian of {diagnosis.negative_share:.0%} of the coordinates that move is"

@@ -268,6 +268,19 @@ def test_the_negative_share_counts_what_moves_by_the_size_of_its_tensor() -> Non
     assert below.flat_share == 0.0
 
 
+def test_a_bound_above_every_hessian_is_told_of_whatever_its_sign(tiny_gpt2, tmp_path) -> None:
+    options = "hessian_computation_type=hutchinson,eps=1e6"
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args=options), steps=6)
+    (told,) = (text for text in messages(found, "warning") if "is at most eps=1e+06" in text)
+    assert "transformer.wte.weight" in told
+    assert told.endswith("Is the loss linear in them, or eps too large?")
+
+
+def test_an_estimator_of_ones_own_has_learning_rates_too() -> None:
+    found = Diagnosis("", curvatures=[Curvature("", 0, [])], estimator="own", adamw_lr=1.0)
+    assert found.learning_rates() == (0.5, 1.0, 2.0, 4.0)
+
+
 def test_one_threshold_for_a_group_wants_smaller_learning_rates(tiny_gpt2, tmp_path) -> None:
     found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args="rho_scope=group"), adamw_lr=4e-3)
     assert found.learning_rates() == (1e-3, 2e-3, 4e-3, 8e-3)
