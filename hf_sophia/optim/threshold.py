@@ -195,6 +195,7 @@ def follow(
     alike: dict[tuple[torch.device, float], list[int]] = {}
     for index, (param, target) in enumerate(zip(batch.params, targets, strict=True)):
         alike.setdefault((local(param).device, target), []).append(index)
+    together = batch.group["rho_scope"] == "group"
     for (_, target), indices in alike.items():
         params = [batch.params[index] for index in indices]
         states = [batch.states[index] for index in indices]
@@ -209,9 +210,11 @@ def follow(
                 for p, s in zip(params, states, strict=True)
             ],
             target,
-            together=batch.group["rho_scope"] == "group",
+            together=together,
         )
         old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
+        if together:  # one that joins later takes what the others have
+            old = old.where(old > 0.0, old.max())
         new = smoothed(old, quantiles, steps)
         for state, rho in zip(states, new, strict=True):
             state["rho"].copy_(rho)

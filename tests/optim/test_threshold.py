@@ -274,6 +274,23 @@ def test_a_parameter_that_joins_between_refreshes_leaves_the_others_thresholds()
             assert optimizer.state[new]["rho"].item() == pytest.approx(10.1)
 
 
+@pytest.mark.parametrize("joins", [3, 5])
+def test_a_parameter_that_joins_later_takes_the_threshold_of_its_group(joins) -> None:
+    old, new = (torch.nn.Parameter(torch.zeros(100)) for _ in range(2))
+    optimizer = Sophia([old, new], lr=1e-3, rho="auto", rho_scope="group", k=4)
+    for step in range(1, 10):
+        old.grad = step * torch.arange(1.0, 101.0)
+        if step >= joins:
+            new.grad = 7.0 * torch.arange(1.0, 101.0)
+        if optimizer.hessian_due:
+            moving = [p for p in (old, new) if p.grad is not None]
+            optimizer.update_hessian({p: torch.ones(100) for p in moving})
+        optimizer.step()
+        rhos = {optimizer.state[p]["rho"].item() for p in (old, new) if p.grad is not None}
+        assert len(rhos) == 1
+        assert min(rhos) > 0.0
+
+
 @pytest.mark.filterwarnings("ignore:Sophia steps without")
 def test_before_the_first_refresh_it_takes_sign_steps() -> None:
     param = torch.nn.Parameter(torch.zeros(3))
