@@ -479,7 +479,8 @@ class Sophia(OwnEstimates, SophiaMetrics):
                 targets = [self.clip_fraction_asked(p, batch.group) for p in batch.params]
                 # Between refreshes, for those that have none yet.
                 due = batch.group["refreshed_step"] == self._current_step
-                follow(batch, own, samples, targets, batch.group["k"] if due else 0, l2)
+                steps = batch.group["k"] if due else 0
+                follow(batch, own, samples, targets, steps, l2, self._absent(batch))
         calls = [
             (call, rho, own)
             for (_, plan), rho, own in zip(shares, rhos, scalars, strict=True)
@@ -539,6 +540,12 @@ class Sophia(OwnEstimates, SophiaMetrics):
         tensors = (theta, state["exp_avg"], state["hessian"], grad)
         scratch = self.__dict__.setdefault("_scratch", Scratch())
         return updated_in_blocks(tensors, rho, self._scalars(group), scratch)
+
+    def _absent(self, batch: Batch) -> list[State]:
+        """Return the states with a threshold of a group's parameters that have no gradient now."""
+        present = set(batch.params)
+        rest = [p for p in batch.group["params"] if p not in present]
+        return [self.state[p] for p in rest if "rho" in self.state.get(p, {})]
 
     def _follows_now(self, batch: Batch) -> bool:
         """Whether the group's thresholds are brought up to date in this step."""

@@ -179,6 +179,7 @@ def follow(
     targets: Sequence[float],
     steps: int,
     l2: float = 0.0,
+    absent: Sequence[State] = (),
 ) -> None:
     """Bring the thresholds of a group towards this step's quantiles, in place.
 
@@ -191,12 +192,14 @@ def follow(
         targets: The share to clip of each parameter; where one threshold is for all, the same.
         steps: As in `smoothed`.
         l2: How much of a parameter the step adds to its gradient: weight decay, not decoupled.
+        absent: States of the group's parameters without a gradient in this step, which follow where
+            one threshold is for all.
     """
     alike: dict[tuple[torch.device, float], list[int]] = {}
     for index, (param, target) in enumerate(zip(batch.params, targets, strict=True)):
         alike.setdefault((local(param).device, target), []).append(index)
     together = batch.group["rho_scope"] == "group"
-    for (_, target), indices in alike.items():
+    for (device, target), indices in alike.items():
         params = [batch.params[index] for index in indices]
         states = [batch.states[index] for index in indices]
         for param in params:
@@ -212,9 +215,13 @@ def follow(
             target,
             together=together,
         )
+        if together:
+            # Of one value, but for those that have none yet or come from thresholds of their own.
+            states += [state for state in absent if state["rho"].device == device]
+            quantiles = quantiles[0].expand(len(states))
         old = torch.stack([state["rho"].to(quantiles.dtype) for state in states])
-        if together:  # one that joins later takes what the others have
-            old = old.where(old > 0.0, old.max())
+        if together:
+            old = old.where(old > 0.0, torch.nan).nanmedian().nan_to_num(0.0).expand(len(states))
         new = smoothed(old, quantiles, steps)
         for state, rho in zip(states, new, strict=True):
             state["rho"].copy_(rho)

@@ -291,6 +291,31 @@ def test_a_parameter_that_joins_later_takes_the_threshold_of_its_group(joins) ->
         assert min(rhos) > 0.0
 
 
+def test_a_parameter_without_a_gradient_keeps_the_threshold_of_its_group() -> None:
+    params = [torch.nn.Parameter(torch.zeros(100)) for _ in range(3)]
+    optimizer = Sophia(params, lr=1e-3, rho="auto", rho_scope="group", k=2)
+    moving = {
+        1: [0, 1],
+        2: [0],
+        3: [1],
+        4: [2],
+        5: [0, 2],
+    }  # the last joins among none that it knows
+    seen = []
+    for step, indices in moving.items():
+        for index, param in enumerate(params):
+            param.grad = step**2 * torch.arange(1.0, 101.0) if index in indices else None
+        if optimizer.hessian_due:
+            optimizer.update_hessian({params[index]: torch.ones(100) for index in indices})
+        optimizer.step()
+        rhos = {state["rho"].item() for state in optimizer.state.values()}
+        assert len(rhos) == 1
+        seen += rhos
+    assert seen[0] == pytest.approx(seen[1])
+    assert seen[2] == pytest.approx(seen[3])
+    assert seen[0] < seen[2] < seen[4]
+
+
 @pytest.mark.filterwarnings("ignore:Sophia steps without")
 def test_before_the_first_refresh_it_takes_sign_steps() -> None:
     param = torch.nn.Parameter(torch.zeros(3))
