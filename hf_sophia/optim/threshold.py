@@ -167,6 +167,8 @@ def smoothed(old: torch.Tensor, quantile: torch.Tensor, steps: int) -> torch.Ten
         quantile: The new quantiles, 0 where there is none.
         steps: The optimizer's steps from those to these; 0 keeps those that there are.
     """
+    if steps == 0:
+        return old.where(old > 0.0, quantile)
     kept = 0.5 ** (steps / HALF_LIFE)
     mixed = torch.exp(kept * old.log() + (1.0 - kept) * quantile.log())
     return torch.where((old > 0.0) & (quantile > 0.0), mixed, torch.maximum(old, quantile))
