@@ -297,13 +297,8 @@ def test_a_parameter_that_joins_later_takes_the_threshold_of_its_group(joins) ->
 def test_a_parameter_without_a_gradient_keeps_the_threshold_of_its_group() -> None:
     params = [torch.nn.Parameter(torch.zeros(100)) for _ in range(3)]
     optimizer = Sophia(params, lr=1e-3, rho="auto", rho_scope="group", k=2)
-    moving = {
-        1: [0, 1],
-        2: [0],
-        3: [1],
-        4: [2],
-        5: [0, 2],
-    }  # the last joins among none that it knows
+    # The last one joins in a step without the others.
+    moving = {1: [0, 1], 2: [0], 3: [1], 4: [2], 5: [0, 2]}
     seen = []
     for step, indices in moving.items():
         for index, param in enumerate(params):
