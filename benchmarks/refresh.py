@@ -158,7 +158,7 @@ def own(
             with undisturbed(model, noise_seed(refresh.place(index), "dropout")):
                 with autocast:
                     outputs = model(**share)
-                refresh.add_logits(head_output(model, share, outputs), index)
+                refresh.add_part(head_output(model, share, outputs), index, count)
 
 
 if __name__ == "__main__":

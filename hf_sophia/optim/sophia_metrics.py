@@ -25,9 +25,9 @@ class SophiaMetrics(BaseOptimizer):
         """
         if not self._moved:
             return torch.zeros(())
-        counts = [torch.as_tensor(count, dtype=torch.float64) for count, _ in self._clipped]
+        counts = [torch.as_tensor(count, dtype=torch.int64) for count, _ in self._clipped]
         owners = [owner for _, owner in self._clipped]
-        return (total(counts, owners) / self._moved).to(torch.float32)
+        return total(counts, owners).to(torch.float32) / self._moved
 
     @torch.no_grad()
     def mean_rho(self) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What a long run is watched for: each cause is warned of once, with its likely remedy."""
 
 import logging
+from collections import deque
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -12,6 +13,10 @@ HEALTHY_CLIPPING = (0.05, 0.95)
 #: The clip fraction is judged by this many logs in a row, after this many refreshes: h starts from
 #: nothing, and the learning rate's warm-up does not touch the fraction.
 LOGS_JUDGED, REFRESHES_BEFORE = 5, 10
+
+#: Of so many refreshes that were due, so many without an estimate are worth a word: h is older than
+#: k says. A gradient scaler that tries a larger scale costs one now and then.
+REFRESHES_JUDGED, OFTEN = 10, 5
 
 
 class HessianHealth:
@@ -25,6 +30,7 @@ class HessianHealth:
     def __init__(self, k: int, first_step: int) -> None:
         self._k, self._first_step = k, first_step
         self._refreshes = 0
+        self._recent: deque[bool] = deque(maxlen=REFRESHES_JUDGED)
         self._outside: list[float] = []
         self._warned: set[str] = set()
 
@@ -43,6 +49,7 @@ class HessianHealth:
     def refreshed(self) -> None:
         """Note that an estimate was folded in."""
         self._refreshes += 1
+        self._recent.append(True)
 
     def left_out(self, step: int, cause: str, message: str) -> None:
         """Note a refresh that was due and brought nothing.
@@ -53,6 +60,19 @@ class HessianHealth:
             message: What happened, with `%d` for the step.
         """
         self.warn_once(cause, message, step)
+        self._recent.append(False)
+        failed = self._recent.count(False)
+        if self._refreshes and len(self._recent) == REFRESHES_JUDGED and failed >= OFTEN:
+            self.warn_once(
+                "often",
+                "%d of the last %d Hessian refreshes until step %d brought nothing, so that the"
+                " Hessian is older than k=%d says: see the warnings before this one. Where"
+                " estimates in fp16 are not finite, train in bf16 or fp32",
+                failed,
+                REFRESHES_JUDGED,
+                step,
+                self._k,
+            )
         if self._refreshes == 0 and step > self._first_step + self._k - 1:
             self.warn_once(
                 "no refresh",

@@ -32,7 +32,7 @@ def share_counts(batches: Sequence[Mapping[str, Any]], fraction: float) -> list[
     counts: list[int] = []
     seen = 0
     for inputs in batches:
-        rows = _rows(inputs)
+        rows = count_examples(inputs)
         seen += rows
         # 0.1 * 30 is a little more than 3.
         wanted = max(0, math.ceil(fraction * seen - 1e-9) - sum(counts))
@@ -64,7 +64,7 @@ def take_rows(inputs: Mapping[str, Any], count: int, generator: torch.Generator)
         count: The number of its examples to take.
         generator: Source of the choice, on the CPU: batches may be sorted.
     """
-    rows = _rows(inputs)
+    rows = count_examples(inputs)
     if count >= rows or not _divisible(inputs, rows):
         return dict(inputs)
     chosen = torch.randperm(rows, generator=generator)[:count].sort().values
@@ -78,8 +78,12 @@ def _is_batched(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def _rows(inputs: Mapping[str, Any]) -> int:
-    """The number of examples: the first dimension of the first tensor that has one."""
+def count_examples(inputs: Mapping[str, Any]) -> int:
+    """Return the number of examples: the first dimension of the first tensor that has one.
+
+    Args:
+        inputs: The micro-batch.
+    """
     return next((len(value) for value in inputs.values() if _is_batched(value)), 1)
 
 
@@ -104,10 +108,43 @@ def count_predictions(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torc
     shifted = inputs.get("shift_labels") is not None
     labels = inputs["shift_labels"] if shifted else inputs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        return _rows(inputs)
+        return count_examples(inputs)
     if not shifted and labels.dim() > 1 and shifts_labels(model):
         labels = labels[..., 1:]
     return (labels != IGNORE_INDEX).sum()
+
+
+#: Integer buffers of more elements are weights, quantized: counters and statistics are smaller.
+_COUNTERS = 2**20
+
+
+def _packed(buffer: torch.Tensor) -> bool:
+    whole = not buffer.is_floating_point() and not buffer.is_complex()
+    return whole and buffer.numel() > _COUNTERS
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed a device's generator, and give it back as it was.
+
+    Args:
+        device: The device.
+        seed: The seed.
+    """
+    module = torch.get_device_module(device)
+    if hasattr(module, "device"):
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            with module.device(device):
+                module.manual_seed(seed)
+            yield
+        return
+    # There is only one of its kind, and it is not chosen: mps.
+    state = module.get_rng_state()
+    module.manual_seed(seed)
+    try:
+        yield
+    finally:
+        module.set_rng_state(state)
 
 
 @contextmanager
@@ -115,24 +152,21 @@ def undisturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
     """Run a pass through a model and leave no trace of it in the training run.
 
     Random numbers inside come from generators seeded here; those of Python, NumPy, torch's CPU and
-    the model's devices are as before afterwards, and so are the buffers (running statistics).
+    the model's devices are as before afterwards, and so are the buffers (running statistics) but
+    for what can only be packed weights.
 
     Args:
         model: The unwrapped model.
         seed: Seeds the dropout of this pass.
     """
     python, arrays = random.getstate(), numpy.random.get_state()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(b, b.clone()) for b in model.buffers() if not _packed(b)]
     devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     with ExitStack() as forks:
         forks.enter_context(torch.random.fork_rng(devices=[]))
         torch.default_generator.manual_seed(seed)
         for device in devices:
-            fork = torch.random.fork_rng(devices=[device], device_type=device.type)
-            forks.enter_context(fork)
-            module = torch.get_device_module(device)
-            with module.device(device):
-                module.manual_seed(seed)
+            forks.enter_context(seeded(device, seed))
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
         try:

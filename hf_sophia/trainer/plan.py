@@ -7,7 +7,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_sophia.trainer.own_pass import reentrant_modules
+from hf_sophia.trainer.own_pass import has_fused_head, reentrant_modules
 from hf_sophia.trainer.support import inside_compilation
 
 #: Share of the batch that a forward pass for the Hessian alone takes when nothing else is asked.
@@ -53,6 +53,8 @@ def make_plan(
     estimator: str,
     fraction: float | None,
     micro_batches: int = 1,
+    *,
+    offloaded: bool = False,
 ) -> HessianPlan:
     """Choose between the kept graph and a forward pass of its own.
 
@@ -65,6 +67,7 @@ def make_plan(
         estimator: `"gnb"` or `"hutchinson"`.
         fraction: The share of the batch that was asked for; None: nothing was.
         micro_batches: How many a step accumulates.
+        offloaded: Whether activations wait elsewhere for the one pass back through them.
 
     Returns:
         The plan.
@@ -76,6 +79,10 @@ def make_plan(
         reason = "Hutchinson's estimator needs attention with a second derivative"
     elif sharded:
         reason = "FSDP2's gradients come out of a backward pass only"
+    elif has_fused_head(model):
+        reason = "the loss is fused with the head and makes no logits"
+    elif offloaded:
+        reason = "activation offloading frees the graph in its first backward pass"
     elif reentrant_modules(model):
         reason = "reentrant gradient checkpointing leaves no graph to differentiate"
     elif isinstance(wrapped, DistributedDataParallel) and wrapped.static_graph:

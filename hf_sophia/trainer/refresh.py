@@ -8,7 +8,7 @@ import torch
 from hf_sophia.estimators import GaussNewtonBartlett, Hutchinson
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.noise import Place, label_noise, noise_seed
-from hf_sophia.trainer.own_pass import take_rows
+from hf_sophia.trainer.own_pass import count_examples, take_rows
 
 _ESTIMATORS = {"gnb": GaussNewtonBartlett, "hutchinson": Hutchinson}
 
@@ -27,7 +27,8 @@ class HessianRefresh:
         estimator: `"gnb"` or `"hutchinson"`.
         fraction: The share of the examples for passes of their own; None: graphs are kept.
         kept: Of how many micro-batches the graphs are kept; None: of all.
-        loss_scale: What the training loss is multiplied by in fp16; None: nothing.
+        micro_batches: How many the step has.
+        loss_scale: What the mean loss of the step is multiplied by in fp16; None: nothing.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class HessianRefresh:
         estimator: str = "gnb",
         fraction: float | None = None,
         kept: int | None = None,
+        micro_batches: int = 1,
         loss_scale: float | None = None,
     ) -> None:
-        self._loss_scale, self._kept = loss_scale, kept
+        self._loss_scale, self._kept, self._micro_batches = loss_scale, kept, micro_batches
         self._seed, self._step, self._rank = seed, step, rank
         self._params, self._kind = list(params), _ESTIMATORS[estimator]
         self.batches: list[Mapping[str, Any]] = []
@@ -92,23 +94,32 @@ class HessianRefresh:
             head: Its logits and which predictions count.
 
         Raises:
-            ValueError, RuntimeError: As for `add_logits`.
+            ValueError: Logits and targets do not fit.
+            RuntimeError: The graph does not allow a pass of its own.
         """
-        self.add_logits(head, self.seen_graphs, retain_graph=True)
+        share = 1.0 / self._micro_batches
+        self._add_logits(head, self.seen_graphs, share, retain_graph=True)
         self.seen_graphs += 1
 
-    def add_logits(self, head: HeadOutput, index: int, *, retain_graph: bool = False) -> None:
-        """Differentiate the sampled labels of one micro-batch.
+    def add_part(self, head: HeadOutput, index: int, count: int) -> None:
+        """Differentiate the sampled labels of part of a micro-batch.
 
         Args:
             head: Its logits and which predictions count.
             index: Which micro-batch of the step it is.
-            retain_graph: Keep the graph for the training loss.
+            count: The number of its examples.
 
         Raises:
-            ValueError: Logits and targets do not fit.
-            RuntimeError: The graph does not allow a pass of its own.
+            ValueError, RuntimeError: As for `add_graph`.
         """
+        self._add_logits(head, index, count / sum(map(count_examples, self.batches)))
+
+    def _add_logits(
+        self, head: HeadOutput, index: int, share: float, *, retain_graph: bool = False
+    ) -> None:
+        # The scale is as large as fp16 bears with the mean over the whole step: these predictions
+        # are to weigh as much in their own mean as they do in that.
+        scale = None if self._loss_scale is None else self._loss_scale * share
         try:
             self._estimator.add(
                 head.logits,
@@ -116,7 +127,7 @@ class HessianRefresh:
                 likelihood=head.likelihood,
                 generator=label_noise(*self.place(index)),
                 retain_graph=retain_graph,
-                loss_scale=self._loss_scale,
+                loss_scale=scale,
             )
         except RuntimeError as error:
             if "use_reentrant" not in str(error) and ".grad()" not in str(error):

@@ -105,7 +105,15 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         if estimator == "hutchinson":
             check_twice_differentiable(self.args, wrapped, model)
         accumulated = self.args.gradient_accumulation_steps
-        plan = make_plan(wrapped, model, estimator, self._asked_fraction(optimizer), accumulated)
+        plan = make_plan(
+            wrapped,
+            model,
+            estimator,
+            self._asked_fraction(optimizer),
+            accumulated,
+            # TRL's option: what its hooks hold of a graph is gone after the first pass back.
+            offloaded=getattr(self.args, "activation_offloading", False),
+        )
         logger.info("Hessian by %s: %s", plan, plan.reason)
         self._health = HessianHealth(optimizer.param_groups[0]["k"], self.state.global_step + 1)
         return plan
@@ -186,6 +194,7 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
                 estimator=self._plan.estimator,
                 fraction=self._plan.fraction,
                 kept=self._plan.kept,
+                micro_batches=self._micro_batches,
                 loss_scale=None if scaler is None else scaler.get_scale(),
             )
         refresh = self._refresh
@@ -199,6 +208,12 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             self._estimate_in_own_passes(model, refresh)
             self._fold_in(optimizer, refresh)
         return loss
+
+    @property
+    def _micro_batches(self) -> int:
+        # Transformers' loop says how many there are of the step at hand; not all loops are its own.
+        nominal = self.args.gradient_accumulation_steps
+        return getattr(self, "current_gradient_accumulation_steps", nominal)
 
     def _go_on_without_graphs(self, refresh: HessianRefresh) -> None:
         """Go over to passes of their own, where a share was asked for."""
@@ -252,12 +267,12 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         )
 
     def _estimate_in_own_pass(
-        self, wrapped: torch.nn.Module, refresh: HessianRefresh, index: int, count: int
+        self, wrapped: torch.nn.Module, refresh: HessianRefresh, index: int, examples: int
     ) -> None:
         """Estimate on part of a micro-batch, with a forward pass that training can't notice."""
         wrapped.train()
         model = self._unwrapped(wrapped)
-        share = self._prepare_inputs(refresh.part(index, count))
+        share = self._prepare_inputs(refresh.part(index, examples))
         dropout = noise_seed(refresh.place(index), "dropout")
         with undisturbed(model, dropout), self.compute_loss_context_manager():
             if self._plan.estimator == "hutchinson":
@@ -274,7 +289,7 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             with without_reentrance(model):
                 outputs = forward(**given, **asking_for_logits(model))
                 head = self._checked_head(model, share, outputs, None)
-                refresh.add_logits(head, index)
+                refresh.add_part(head, index, examples)
 
     def _mean_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], count: torch.Tensor | int

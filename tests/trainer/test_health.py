@@ -86,6 +86,25 @@ def test_the_watch_starts_anew_with_each_run_and_where_it_resumes(caplog) -> Non
         assert len(caplog.records) == 2
 
 
+def test_refreshes_that_often_bring_nothing_are_said_once(caplog) -> None:
+    def watched(pattern: str) -> list[str]:
+        caplog.clear()
+        health = HessianHealth(k=10, first_step=1)
+        for index, kind in enumerate(pattern):
+            if kind == "+":
+                health.refreshed()
+            else:
+                health.left_out(10 * index + 1, "not finite", "step %d")
+        return [r.message for r in caplog.records]
+
+    assert len(watched("+++-" * 20)) == 1
+    assert len(watched("+----" + "+" * 20)) == 1
+    own, often = watched("+++++++" + "+-" * 20)
+    assert own == "step 81"
+    assert often.startswith("5 of the last 10 Hessian refreshes until step 161 brought nothing")
+    assert "train in bf16" in often
+
+
 def test_clipping_is_judged_by_logs_in_a_row_and_after_some_refreshes(caplog) -> None:
     health = HessianHealth(k=1, first_step=1)
     for _ in range(20):

@@ -141,6 +141,19 @@ def test_trls_supervised_fine_tuning(how, lora, packing, tiny_gpt2, tmp_path) ->
         assert logs[0]["sophia/hessian_tokens"] == 2 * 10
 
 
+def test_trls_training_does_not_notice_a_refresh(tiny_gpt2, tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    losses = []
+    for optim in ("sophia", "adamw_torch"):
+        torch.manual_seed(0)
+        model = tiny_gpt2(**TOKENS, resid_pdrop=0.1, embd_pdrop=0.1)
+        options = {"optim": optim, "optim_args": None, "learning_rate": 0.0}
+        trainer = tune(trl, with_mixin(trl.SFTTrainer), model, tmp_path, **options)
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) > 1
+
+
 def test_trls_fused_loss_has_no_second_derivative(tiny_gpt2, tmp_path) -> None:
     trl = pytest.importorskip("trl")
     options = {"optim_args": "hessian_computation_type=hutchinson"}

@@ -5,10 +5,12 @@ import importlib
 import logging
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from torch import mps
 from torch.nn import functional
 from torch.utils.data import default_collate
 from transformers import GPT2LMHeadModel, Trainer
@@ -19,6 +21,7 @@ from hf_sophia.trainer.heads import HeadOutput, causal_lm
 from hf_sophia.trainer.noise import Place, label_noise, noise_seed
 from hf_sophia.trainer.own_pass import (
     reentrant_modules,
+    seeded,
     share_counts,
     take_rows,
     undisturbed,
@@ -226,6 +229,40 @@ def test_every_stream_and_buffer_is_as_before() -> None:
         assert_equal(held, buffers())
         results.append(draws())
     assert results[0] == results[1]
+
+
+def test_packed_weights_are_not_copied() -> None:
+    model = torch.nn.Linear(2, 2)
+    packed = torch.zeros(2**20 + 1, dtype=torch.int8)
+    counts = torch.zeros(4, dtype=torch.int64)
+    wide = torch.zeros(2**20 + 1)
+    for name, buffer in (("packed", packed), ("counts", counts), ("wide", wide)):
+        model.register_buffer(name, buffer)
+    with undisturbed(model, 1):
+        for buffer in model.buffers():
+            buffer.add_(1)
+    assert [int(buffer.sum()) for buffer in (counts, wide)] == [0, 0]
+    # Nothing changes these; that it was not undone shows that no copy was made.
+    assert int(packed.sum()) == len(packed)
+
+
+def test_a_kind_of_device_with_one_generator_gets_it_back(monkeypatch) -> None:
+    held = torch.Generator().manual_seed(3)
+    only = SimpleNamespace(
+        get_rng_state=lambda: held.get_state(),
+        set_rng_state=lambda state: held.set_state(state),
+        manual_seed=lambda seed: held.manual_seed(seed),
+    )
+    assert all(hasattr(mps, name) for name in vars(only))
+    assert not hasattr(mps, "device")
+    before = held.get_state()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: only)
+    draws = []
+    for seed in (5, 5, 6):
+        with seeded(torch.device("mps"), seed):
+            draws.append(torch.rand((), generator=held).item())
+        assert torch.equal(held.get_state(), before)
+    assert draws[0] == draws[1] != draws[2]
 
 
 def test_the_pass_trains_the_model_after_an_evaluation_too(tiny_gpt2, tmp_path) -> None:

@@ -40,6 +40,14 @@ def test_nothing_asked_for_keeps_all_graphs() -> None:
     assert make_plan(model, model, "hutchinson", 0.25, 8).fraction == 0.25
 
 
+def test_a_graph_that_is_gone_after_one_pass_is_not_kept() -> None:
+    model = torch.nn.Linear(2, 2)
+    for fraction, expected in ((None, 0.25), (0.5, 0.5)):
+        plan = make_plan(model, model, "gnb", fraction, 8, offloaded=True)
+        assert (plan.kept, plan.fraction) == (None, expected)
+    assert "offloading" in plan.reason
+
+
 def test_the_estimate_is_of_the_first_micro_batches(tiny_gpt2, tmp_path, caplog) -> None:
     data = dataset(12, ignored=0.2)
     with caplog.at_level(logging.INFO, "hf_sophia"):

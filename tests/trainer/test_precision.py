@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn import functional
 
 from hf_sophia import Sophia, SophiaTrainer, gauss_newton_bartlett
+from hf_sophia.trainer.health import HessianHealth
 
 from .runs import Recorder, arguments, dataset, first_hessian, hessians_of, run, sophia_of
 
@@ -59,19 +61,17 @@ def test_an_estimate_that_overflows_is_discarded_and_the_scaler_does_not_notice(
     assert poisoned.accelerator.scaler.get_scale() == 2.0**18
 
 
-@pytest.mark.parametrize(
-    ("scale", "loss_factor"), [(2.0**116, 2.0**14), (2.0**126, 1.0)], ids=["kept", "discarded"]
-)
-def test_a_step_that_the_scaler_skips_has_its_estimate_once(
-    scale, loss_factor, tiny_gpt2, tmp_path
-) -> None:
+@pytest.mark.parametrize("discarded", [False, True], ids=["kept", "discarded"])
+def test_a_step_that_the_scaler_skips_has_its_estimate_once(discarded, tiny_gpt2, tmp_path) -> None:
     class Skipping(ScaledTrainer):
         # Overflows until it has come down.
-        initial_scale, growth_interval = scale, 1000
+        initial_scale, growth_interval = 2.0**126, 1000
 
-        def compute_loss(self, *args, **kwargs):
-            # The training loss alone, so that it overflows before the estimate does.
-            return super().compute_loss(*args, **kwargs) * loss_factor
+        def sophia_head(self, *args):
+            head = super().sophia_head(*args)
+            if discarded and self.accelerator.scaler.get_scale() == self.initial_scale:
+                return replace(head, logits=head.logits * float("nan"))
+            return head
 
     recorder = Recorder()
     trainer = scaled(
@@ -83,9 +83,88 @@ def test_a_step_that_the_scaler_skips_has_its_estimate_once(
     first, *later = recorder.refreshed
     # What was folded in is not made again while its step is tried again; what was discarded is.
     assert first <= skipped + 1
-    assert (first > 1) == (loss_factor == 1.0)
+    assert (first > 1) == discarded
     assert later == list(range(skipped + 3, 13, 2))
     assert all(h.isfinite().all() for h in hessians_of(trainer))
+
+
+@pytest.mark.parametrize("way", ["", "hessian_batch_fraction=0.3"], ids=["kept", "own"])
+def test_under_fp16_autocast_refreshes_bear_the_scale_that_training_bears(
+    way, tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    """The scaler goes to the edge of fp16's range; the mean is over eight micro-batches there.
+
+    With the scale of a micro-batch's own mean, or with one try each, most estimates overflow.
+    """
+
+    class AtTheEdge(ScaledTrainer):
+        def compute_loss_context_manager(self):
+            return torch.autocast("cpu", torch.float16)
+
+    tries, failed = [], []
+    fold, leave_out = AtTheEdge._fold_in, HessianHealth.left_out
+    monkeypatch.setattr(AtTheEdge, "_fold_in", lambda *a: (tries.append(1), fold(*a)))
+    monkeypatch.setattr(HessianHealth, "left_out", lambda *a: (failed.append(1), leave_out(*a)))
+    scaled(
+        tiny_gpt2,
+        tmp_path,
+        AtTheEdge,
+        max_steps=80,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        optim_args=f"k=2,{way}".rstrip(","),
+    )
+    assert len(tries) > 30
+    assert not failed
+
+
+class Once(torch.autograd.Function):
+    """The identity; as a compiled graph it may say that it can be used only once."""
+
+    @staticmethod
+    def forward(ctx, x, limit, tried, message):
+        ctx.limit, ctx.tried, ctx.message = limit, tried, message
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.tried.append(grad.abs().max().item())
+        if ctx.message and len(ctx.tried) == 1:
+            raise RuntimeError(ctx.message)
+        return grad.where(grad.abs() < ctx.limit, torch.inf), None, None, None
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_gradients_that_overflow_are_taken_again_with_a_smaller_scale(retain_graph) -> None:
+    def estimate(limit: float, scale: float | None, message: str = ""):
+        torch.manual_seed(0)
+        layer, tried = torch.nn.Linear(3, 5), []
+        logits = Once.apply(layer(torch.randn(4, 3)), limit, tried, message)
+        noise = torch.Generator().manual_seed(1)
+        found = gauss_newton_bartlett(
+            logits,
+            layer.parameters(),
+            generator=noise,
+            loss_scale=scale,
+            retain_graph=retain_graph,
+        )
+        return found[layer.weight], tried
+
+    exact, _ = estimate(float("inf"), None)
+    again, tried = estimate(2.0**7, 2.0**16)
+    assert torch.equal(again, exact)
+    assert [before / after for before, after in pairwise(tried)] == [32.0, 32.0]
+    hopeless, tried = estimate(0.0, 2.0**16)
+    assert not hopeless.isfinite().all()
+    assert len(tried) == 4
+    donated = "compiled with non-empty donated buffers"
+    if retain_graph:
+        with pytest.raises(RuntimeError, match=donated):
+            estimate(float("inf"), 2.0**16, donated)
+    else:
+        once, tried = estimate(float("inf"), 2.0**16, donated)
+        assert torch.equal(once, exact)
+        assert len(tried) == 2
 
 
 def test_in_fp16_the_scale_keeps_small_gradients() -> None:

@@ -194,8 +194,9 @@ def test_label_noise_is_asked_for_by_step_rank_and_micro_batch(
     assert asked == [(7, 0, 0, 0), (7, 0, 0, 1), (7, 10, 0, 0), (7, 10, 0, 1)]
     logits = tiny_gpt2()(torch.zeros(1, 4, dtype=torch.long)).logits
     refresh = refresh_module.HessianRefresh([], seed=1, step=2, rank=3)
+    refresh.batches.append({"input_ids": torch.zeros(1, 4)})
     with pytest.raises(ValueError, match="no parameter"):
-        refresh.add_logits(HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)), index=4)
+        refresh.add_part(HeadOutput(logits, torch.zeros(1, 4, dtype=torch.long)), 4, 1)
     assert asked[-1] == (1, 2, 3, 4)
 
 
