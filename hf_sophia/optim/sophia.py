@@ -487,8 +487,10 @@ class Sophia(OwnEstimates, SophiaMetrics):
             for call in plan.calls
         ]
         if not run_kernels(calls, rest):
-            if not any(call.late for call, _, _ in calls):
-                self._check_gradients(params)  # says where
+            late = any(call.late for call, _, _ in calls)
+            # These say where. What no kernel takes was looked at before any began, but for shards,
+            # as other processes' may have been in order.
+            self._check_gradients([p for p in rest if local(p) is p] if late else params)
             raise ValueError(_LATE)
         self._clipped = [(call.finish(), call.owner) for call, _, _ in calls]
         for batch, plan in shares:
@@ -591,6 +593,11 @@ class Sophia(OwnEstimates, SophiaMetrics):
         """
         super().load_state_dict(state_dict)
         self._missed_step = None
+        for group in self.param_groups:
+            if group["rho"] != AUTO:
+                # Not of this run: torch.distributed.checkpoint leaves what it began with.
+                for param in group["params"]:
+                    self.state.get(param, {}).pop("rho", None)
         for param, state in self.state.items():
             # Older state dictionaries do not say.
             if state and "refreshed" not in state:

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -29,7 +34,8 @@ _LOAD_ERRORS = (*_FILE_ERRORS, ValueError, TypeError, LookupError, AttributeErro
 _SENTINEL = "checkpoint-is-incomplete.txt"
 
 #: What stands in the place of the state of optimizers whose file is missing.
-_OPTIMIZER_FILES = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0")
+_SHARDED_OPTIMIZER = "optimizer_0"
+_OPTIMIZER_FILES = (OPTIMIZER_NAME, "optimizer.bin", _SHARDED_OPTIMIZER)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -334,6 +340,7 @@ class WholeCheckpointsMixin:
     def _load_both(self, folder: Path) -> None:
         with _explained(folder):
             if self.is_fsdp_enabled and not self._is_of_one_process(str(folder)):
+                self._expect_what_was_saved(folder)
                 super()._load_optimizer_and_scheduler(str(folder))
                 return
             # Older transformers can't read the file on several CPU processes; and through the CPU
@@ -344,3 +351,23 @@ class WholeCheckpointsMixin:
             ):
                 saved = torch.load(folder / name, map_location="cpu", weights_only=True)
                 target.load_state_dict(saved)
+
+    def _expect_what_was_saved(self, folder: Path) -> None:
+        """Leave out of a sharded optimizer's state what a run with other options did not have.
+
+        torch.distributed.checkpoint loads into the state that a step of length 0 has made, and
+        misses what the files do not hold of it.
+        """
+        shards = folder / _SHARDED_OPTIMIZER
+        if not (shards / ".metadata").is_file():
+            return
+        saved = FileSystemReader(shards).read_metadata().state_dict_metadata
+        # optimizer.state.NAME OF PARAMETER.rho; optimizer.param_groups has a rho of its own.
+        names = {key.rpartition(".")[2] for key in saved if key.startswith("optimizer.state.")}
+        optimizer = self.optimizer.optimizer
+        missing = getattr(optimizer, "_optional_state", frozenset()) - names
+        if missing:
+            get_optimizer_state_dict(self.model, self.optimizer)
+            for state in optimizer.state.values():
+                for name in missing & state.keys():
+                    del state[name]

@@ -18,6 +18,12 @@ _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 _WORKS = "one process, DistributedDataParallel (torchrun) or FSDP version 2"
 
 
+_OFFLOADED = (
+    "Sophia is not tested with FSDP's CPU offload, where gradients are on another device than the"
+    " pass that makes them: leave offload_params off (fsdp_cpu_offload of a DistributedConfig)"
+)
+
+
 def inside_compilation(wrapped: torch.nn.Module) -> torch.nn.Module:
     """Return what tells how processes work together; FSDP2 shards what is compiled already."""
     while not isinstance(wrapped, FSDPModule) and hasattr(wrapped, "_orig_mod"):
@@ -84,10 +90,7 @@ def _check_fsdp(accelerator: Accelerator) -> None:
             f" and is deprecated in torch. Use {version2}"
         )
     if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            "Sophia is not tested with FSDP's CPU offload, where gradients are on another device"
-            " than the pass that makes them: leave offload_params off"
-        )
+        raise ValueError(_OFFLOADED)
 
 
 def check_wrapped(
@@ -120,6 +123,8 @@ def check_wrapped(
                 f"FSDP does not shard {name}, so every process would have a gradient of its own:"
                 " freeze it, or leave it out of ignored_modules"
             )
+        if sharded and param.to_local().device.type != accelerator.device.type:
+            raise ValueError(_OFFLOADED)
         if isinstance(param, DTensor) and (not sharded or param.device_mesh.ndim > 1):
             raise ValueError(
                 f"Sophia does not support how {name} is sharded, over a mesh of"

@@ -178,6 +178,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fsdp, tmp_path) -> None:
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14, msg=name)
 
 
+@pytest.mark.parametrize("fsdp", [True, "sharded files"], ids=["fsdp2", "dcp"])
+def test_thresholds_begin_at_once_where_a_number_was(fsdp, tmp_path) -> None:
+    options = {"fsdp": fsdp, "max_steps": 3}
+    saving = {"save_strategy": "steps", "save_steps": 2, "optim_args": "rho=1.0,k=10,eps=1e-5"}
+    train(tmp_path / "number", 2, **options, **saving)
+    saved = str(tmp_path / "number" / "run" / "checkpoint-2")
+    # No refresh is due in the step that is left.
+    auto = {"resume": saved, "optim_args": "rho=auto,target_clip_fraction=0.1,k=10,eps=1e-5"}
+    for rank in train(tmp_path / "auto", 2, **options, **auto):
+        (log,) = rank["logs"][-1:]
+        assert log["step"] == 3
+        assert log["sophia/rho"] > 0.0
+        assert log["sophia/clip_fraction"] < 0.5
+
+
 def spread(checkpoint: Path) -> None:
     """Spread the weights over two files, as those of large models are."""
     whole = checkpoint / "model.safetensors"

@@ -675,6 +675,22 @@ def test_what_the_last_step_spoilt_is_not_saved(late_kernel) -> None:
 
 
 @needs_kernel
+def test_what_no_kernel_takes_is_named_where_kernels_tell_late(late_kernel) -> None:
+    params = [torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8).double())]
+    optimizer = Sophia(zip("ab", params, strict=True), lr=0.1, rho=1.0)
+    optimizer.update_hessian({param: torch.ones_like(param) for param in params})
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[1].grad[3] = float("nan")
+    with pytest.raises(ValueError, match="gradient of parameter 'b' .* the step was not taken"):
+        optimizer.step()
+    assert all(torch.equal(param, torch.ones_like(param)) for param in params)
+    params[1].grad[3] = 1.0
+    optimizer.step()
+    assert all((param < 1.0).all() for param in params)
+
+
+@needs_kernel
 def test_parameters_that_share_memory_keep_their_plan(monkeypatch) -> None:
     made = []
     make = KernelPlan._make

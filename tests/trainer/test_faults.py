@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from hf_sophia import Sophia, SophiaTrainer
+from hf_sophia.trainer import support
 from hf_sophia.trainer.heads import HeadOutput
 from hf_sophia.trainer.support import check_wrapped
 
@@ -195,6 +196,19 @@ def test_an_unknown_wrapper_of_several_processes_is_refused(tiny_gpt2, monkeypat
     monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 2))
     with pytest.raises(ValueError, match="how Wrapper brings the gradients of 2 processes"):
         check_wrapped(Wrapper(), model, accelerator)
+
+
+def test_shards_on_another_device_are_refused(monkeypatch) -> None:
+    class Shard(torch.nn.Parameter):
+        def to_local(self) -> torch.Tensor:
+            return self.data
+
+    model = torch.nn.Linear(2, 2)
+    model.weight = Shard(torch.zeros(2, 2, device="meta"))
+    monkeypatch.setattr(support, "FSDPModule", torch.nn.Linear)
+    monkeypatch.setattr(support, "DTensor", Shard)
+    with pytest.raises(ValueError, match="CPU offload.*fsdp_cpu_offload"):
+        check_wrapped(model, model, Accelerator(cpu=True))
 
 
 def test_a_trainer_that_makes_its_own_batches_is_refused(tiny_gpt2, tmp_path) -> None:
