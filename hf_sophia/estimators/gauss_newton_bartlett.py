@@ -56,8 +56,8 @@ class GaussNewtonBartlett(GroupedEstimate):
             generator: Source of the labels' randomness.
             retain_graph: Keep the graph for a later backward pass through it.
             loss_scale: For fp16: the factor of the training loss, `GradScaler.get_scale()`, over n
-                where that is a mean over n groups. It keeps gradients within fp16's range, is in
-                the pass and not in the estimate, and where it is too large smaller ones are tried.
+                where that is a mean over n groups. It keeps gradients within fp16's range, and is
+                in the pass and not in the estimate.
 
         Raises:
             ValueError: The logits carry no graph, an argument is wrong, or only some parameters are
@@ -75,13 +75,11 @@ class GaussNewtonBartlett(GroupedEstimate):
         cotangent, count = sampled_cotangent(
             logits, targets, likelihood=likelihood, generator=generator
         )
+        factor = 1.0 if loss_scale is None else _factor_on_the_sum(loss_scale, int(count))
+        if factor != 1.0:
+            cotangent = cotangent * factor
         try:
-            if loss_scale is None:
-                factor = 1.0
-                grads = gradients(logits, self.params, cotangent, retain_graph=retain_graph)
-            else:
-                factor = _factor_on_the_sum(loss_scale, int(count))
-                grads, factor = self._in_range(logits, cotangent, factor, retain_graph)
+            grads = gradients(logits, self.params, cotangent, retain_graph=retain_graph)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -101,52 +99,20 @@ class GaussNewtonBartlett(GroupedEstimate):
                         grad = grad / factor
                     total.addcmul_(grad, grad)
 
-    def _in_range(
-        self, logits: torch.Tensor, cotangent: torch.Tensor, factor: float, retain_graph: bool
-    ) -> tuple[list[torch.Tensor | None], float]:
-        """Return the gradients times a factor, a smaller one where fp16 does not hold them.
 
-        Labels that the model has learnt have smaller gradients than those that it samples, so that
-        a scale at the edge for the first is too large for the second.
-        """
-        # Processes with shards make each pass together, and may not all overflow.
-        tries = 1 if any(isinstance(param, DTensor) for param in self.params) else _TRIES
-        while True:
-            tries -= 1
-            try:
-                grads = gradients(
-                    logits, self.params, cotangent * factor, retain_graph=retain_graph or tries > 0
-                )
-            except RuntimeError as error:
-                # A compiled graph that can be used only once.
-                if retain_graph or not tries or "donated buffers" not in str(error):
-                    raise
-                tries = 1
-                continue
-            if not tries or _are_finite(grads):
-                return grads, factor
-            del grads
-            factor *= _SMALLER
-
-
-#: How often fp16 gradients that overflow are taken, and what each time is of the one before. What
-#: is out of range at 2^-15 of the training loss's scale is no number at any.
-_TRIES, _SMALLER = 4, 2.0**-5
-
-
-def _are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
-    found = [tensor.isfinite().all() for tensor in tensors if tensor is not None]
-    return all(bool(finite) for finite in found)
+#: A gradient scaler goes to the edge of fp16's range, with the gradients of the true labels. Once
+#: these are learnt those of sampled ones are larger, as (p (1 - p))^(1/2) is to 1 - p.
+_HEADROOM = 2.0**-5
 
 
 def _factor_on_the_sum(loss_scale: float, count: int) -> float:
-    """Return the power of two that scales a summed loss as `loss_scale` does its mean.
+    """Return what a summed loss is multiplied by, a power of two, where its mean has `loss_scale`.
 
     Powers of two leave no rounding behind when they are taken out again.
     """
     if not math.isfinite(loss_scale) or loss_scale <= 0.0:
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale!r}")
-    return 2.0 ** round(math.log2(loss_scale / max(count, 1)))
+    return 2.0 ** round(math.log2(_HEADROOM * loss_scale / max(count, 1)))
 
 
 def gauss_newton_bartlett(
@@ -175,7 +141,7 @@ def gauss_newton_bartlett(
         generator: Source of the labels' randomness, on any device; None: torch's default.
         retain_graph: Keep the graph for the training loss's `backward()`.
         loss_scale: For fp16: the factor of the training loss, `GradScaler.get_scale()`; it does not
-            reach the estimate, and where gradients overflow smaller ones are tried.
+            reach the estimate.
 
     Returns:
         `{parameter: hhat}`, shaped like the parameter, >= 0, in fp32 at least; zeros where the

@@ -360,15 +360,19 @@ class Sophia(OwnEstimates, SophiaMetrics):
             super()._state_of(param, group)["refreshed"] = False  # h holds no estimate yet
         return self.state[param]
 
-    def repeat_refresh(self) -> None:
+    def repeat_refresh(self) -> bool:
         """Make the refresh of the next step due again, for when it was left out by `{}`.
 
         Where a gradient scaler has skipped the step as well, a smaller loss scale may give an
         estimate that is finite. After a step that was taken this does nothing.
+
+        Returns:
+            Whether it is due again.
         """
-        for group in self.param_groups:
-            if group["refreshed_step"] == self._next_step:
-                group["refreshed_step"] = 0
+        again = [g for g in self.param_groups if g["refreshed_step"] == self._next_step]
+        for group in again:
+            group["refreshed_step"] = 0
+        return bool(again)
 
     @torch.no_grad()
     def step(

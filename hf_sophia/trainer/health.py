@@ -83,6 +83,10 @@ class HessianHealth:
                 self._k,
             )
 
+    def tried_again(self) -> None:
+        """Note that the last one that brought nothing is made again, as its step was not taken."""
+        self._recent.pop()
+
     def logged(self, clip_fraction: float | None, hessian_norm: float) -> None:
         """Judge what the Trainer logs.
 

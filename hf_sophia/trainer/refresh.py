@@ -112,7 +112,8 @@ class HessianRefresh:
         Raises:
             ValueError, RuntimeError: As for `add_graph`.
         """
-        self._add_logits(head, index, count / sum(map(count_examples, self.batches)))
+        share = count / max(1, sum(map(count_examples, self.batches)))
+        self._add_logits(head, index, share)
 
     def _add_logits(
         self, head: HeadOutput, index: int, share: float, *, retain_graph: bool = False

@@ -418,7 +418,8 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         # Called after each step, before a checkpoint is written.
         optimizer = self._sophia
         if optimizer is not None and self._left_out:
-            optimizer.repeat_refresh()
+            if optimizer.repeat_refresh():
+                self._health.tried_again()
             self._left_out = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -99,10 +99,29 @@ def test_refreshes_that_often_bring_nothing_are_said_once(caplog) -> None:
 
     assert len(watched("+++-" * 20)) == 1
     assert len(watched("+----" + "+" * 20)) == 1
+    never, own = watched("-" * 12), watched("+" * 3 + "-" * 4)
+    assert len(never) == 2
+    assert "no Hessian refresh has succeeded" in never[1]
+    assert len(own) == 1
     own, often = watched("+++++++" + "+-" * 20)
     assert own == "step 81"
     assert often.startswith("5 of the last 10 Hessian refreshes until step 161 brought nothing")
     assert "train in bf16" in often
+
+
+def test_a_refresh_that_is_tried_again_counts_once(caplog) -> None:
+    health = HessianHealth(k=2, first_step=1)
+    for _ in range(6):
+        health.refreshed()
+    for step in range(13, 40):
+        health.left_out(step, "not finite", "step %d")
+        health.tried_again()
+    assert [r.message for r in caplog.records] == ["step 13"]
+    for _ in range(4):
+        health.left_out(41, "not finite", "step %d")
+    assert len(caplog.records) == 1
+    health.left_out(43, "not finite", "step %d")
+    assert len(caplog.records) == 2
 
 
 def test_clipping_is_judged_by_logs_in_a_row_and_after_some_refreshes(caplog) -> None:

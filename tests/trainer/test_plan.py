@@ -9,7 +9,7 @@ from hf_sophia import SophiaTrainer
 from hf_sophia.trainer.plan import make_plan
 
 from .by_hand import exact_step_estimate
-from .runs import Recorder, dataset, run, sophia_of
+from .runs import Recorder, arguments, dataset, run, sophia_of
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,14 @@ def test_a_graph_that_is_gone_after_one_pass_is_not_kept() -> None:
         plan = make_plan(model, model, "gnb", fraction, 8, offloaded=True)
         assert (plan.kept, plan.fraction) == (None, expected)
     assert "offloading" in plan.reason
+
+
+def test_trls_activation_offloading_is_asked_for(tiny_gpt2, tmp_path) -> None:
+    args = arguments(tmp_path, max_steps=1)
+    args.activation_offloading = True
+    trainer = SophiaTrainer(tiny_gpt2(), args, train_dataset=dataset())
+    trainer.train()
+    assert trainer._plan.fraction == 0.25
 
 
 def test_the_estimate_is_of_the_first_micro_batches(tiny_gpt2, tmp_path, caplog) -> None:
