@@ -88,13 +88,13 @@ def test_a_step_that_the_scaler_skips_has_its_estimate_once(discarded, tiny_gpt2
     assert all(h.isfinite().all() for h in hessians_of(trainer))
 
 
-@pytest.mark.parametrize("way", ["", "hessian_batch_fraction=0.3"], ids=["kept", "own"])
+@pytest.mark.parametrize("way", ["", "hessian_batch_fraction=1.0"], ids=["kept", "own"])
 def test_under_fp16_autocast_refreshes_bear_the_scale_that_training_bears(
     way, tiny_gpt2, tmp_path, monkeypatch
 ) -> None:
     """The scaler goes to the edge of fp16's range; the mean is over eight micro-batches there.
 
-    With the scale of a micro-batch's own mean, or with one try each, most estimates overflow.
+    Without headroom most estimates overflow.
     """
 
     class AtTheEdge(ScaledTrainer):
