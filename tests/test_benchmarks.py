@@ -176,6 +176,43 @@ def test_the_evidence_is_what_the_studies_wrote() -> None:
         ), row
 
 
+SHORT_NAMES = {
+    "AdamW": "AdamW",
+    "NAdamW": "NAdamW",
+    "√v": "Sophia's step with √v in the place of h",
+    "v": "Sophia's step with v in the place of h",
+    "v for h": "Sophia's step with v in the place of h",
+    "h": "Sophia-G, `rho=auto`",
+    "Sophia-G": "Sophia-G, `rho=auto`",
+    "Muon": "Muon on hidden matrices, AdamW on the rest",
+}
+
+
+def test_the_summaries_quote_the_evidence() -> None:
+    """Each mean of the README and of "Is it the Hessian?" stands in one setting's table in full."""
+    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    tables = tables_of(evidence)
+    settings = [
+        {row["optimizer"]: row["validation loss"].split(" ±")[0] for row in table}
+        for table in tables
+        if {"optimizer", "validation loss"} <= {*table[0]}
+    ]
+    assert len(settings) == 6
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [row for table in tables + tables_of(readme) for row in table]
+    summaries = [row for row in rows if {"Sophia-G", "h"} & {*row}]
+    assert len(summaries) == 10
+    for row in summaries:
+        shown = {SHORT_NAMES[name]: cell for name, cell in row.items() if name in SHORT_NAMES}
+        shown = {name: cell for name, cell in shown.items() if cell}
+        assert len(shown) >= 3
+        assert any(shown.items() <= setting.items() for setting in settings), row
+        if "v's part of the lead" in row:
+            adamw, v, h = (float(row[name]) for name in ("AdamW", "v", "h"))
+            part = float(row["v's part of the lead"].rstrip(" %")) / 100
+            assert (adamw - v) / (adamw - h) == pytest.approx(part, abs=0.01), row
+
+
 def counted(cell: str) -> str:
     """Return `0.79 in two of 3` as tables have it, `0.79 (2 of 3)`."""
     numbers = {"one": 1, "two": 2}
@@ -183,8 +220,12 @@ def counted(cell: str) -> str:
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
-    """Return the rows of all Markdown tables of a text, by the names of their columns."""
-    rows, names = [], None
+    return [row for table in tables_of(text) for row in table]
+
+
+def tables_of(text: str) -> list[list[dict[str, str]]]:
+    """Return the rows of each Markdown table of a text, by the names of its columns."""
+    tables, names = [], None
     for line in text.splitlines():
         if not line.startswith("|"):
             names = None
@@ -192,9 +233,10 @@ def rows_of(text: str) -> list[dict[str, str]]:
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if names is None:
             names = cells
+            tables.append([])
         elif not set(line) <= set("|- "):
-            rows.append(dict(zip(names, cells, strict=False)))
-    return rows
+            tables[-1].append(dict(zip(names, cells, strict=False)))
+    return tables
 
 
 def test_the_guides_overheads_are_the_committed_ones() -> None:
