@@ -10,6 +10,8 @@ from common.study import OWN_ARGUMENTS, Trial
 from common.trials import Record
 from hf_sophia.trainer.picture import new_figure
 
+DASHES = ("-", "--", ":")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -164,16 +166,19 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
         The path, or None where matplotlib is not installed.
     """
     try:
-        figure = new_figure(figsize=(7.5, 5.0))
+        figure = new_figure(figsize=(9.0, 5.0))
     except ModuleNotFoundError:
         return None
     axes = figure.subplots()
-    for line in sorted(lines, key=lambda line: line.rank):
+    for index, line in enumerate(sorted(lines, key=lambda line: line.rank)):
         curves = [record.evaluations for record in line.records if math.isfinite(record.best)]
         if curves:
             steps = [step for step, _ in curves[0]]
             means = [mean(loss for _, loss in point) for point in zip(*curves, strict=True)]
-            axes.plot(steps, means, label=f"{line.name}: {line.rank[1]:.3f}", linewidth=1.3)
+            label = f"{line.name}: {line.rank[1]:.3f}"
+            # Both by the index, as a color alone repeats after ten lines.
+            color, dashes = f"C{index % 10}", DASHES[index // 10 % len(DASHES)]
+            axes.plot(steps, means, label=label, color=color, linestyle=dashes, linewidth=1.3)
     # The first evaluations would squeeze the rest, where the curves part.
     whole = [r for line in lines for r in line.records if math.isfinite(r.best)]
     early = [record.evaluations[len(record.evaluations) // 3][1] for record in whole]
@@ -183,6 +188,8 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
     axes.set_ylabel("validation loss (nats)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.lines:
+        # Beside the axes: many lines leave no room within.
+        figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path)
     return path

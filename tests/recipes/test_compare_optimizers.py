@@ -12,9 +12,12 @@ import compare_optimizers
 import pytest
 import yaml
 from common import trials as trials_module
+from common import verdict
 from common.study import Trial, read_study
 from common.trials import PACE_STEPS, Record, Records, code, measure_paces, run_trial
 from common.verdict import Line, differences, plot, steps_ratios, table
+
+from hf_sophia.trainer.picture import new_figure
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -272,6 +275,26 @@ def test_what_diverged_is_said_and_spoils_nothing(tmp_path) -> None:
     assert "| failed | failed | never | never |" in rows[2]
     assert plot([reference, some, none], tmp_path / "p.png", "t").stat().st_size > 5_000
     assert plot([none], tmp_path / "q.png", "t").exists()
+
+
+def test_thirty_lines_of_a_picture_look_different(tmp_path, monkeypatch) -> None:
+    figures = []
+
+    def remembered(**options: object) -> object:
+        figures.append(new_figure(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(verdict, "new_figure", remembered)
+    trial = Trial("r", {"learning_rate": 1.0, "seed": 1}, "sophia", {})
+    lines = [Line(f"n{i}", trial, [record(trial, [5.0, 4.0 + i], 30.0)]) for i in range(30)]
+    assert verdict.plot(lines, tmp_path / "p.png", "t").exists()
+    (axes,) = figures[0].axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == len(axes.lines) == 30
+    (legend,) = figures[0].legends
+    box, inside = legend.get_window_extent(), axes.get_window_extent()
+    assert box.x0 >= inside.x1
+    assert box.x1 <= figures[0].bbox.x1
 
 
 def test_a_pace_is_compared_within_its_rounds() -> None:
