@@ -11,6 +11,8 @@ from common.trials import Record
 from hf_sophia.trainer.picture import new_figure
 
 DASHES = ("-", "--", ":")
+# What one line takes in the height of the legend.
+LEGEND_INCHES = 0.18
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> Path | None:
         The path, or None where matplotlib is not installed.
     """
     try:
-        figure = new_figure(figsize=(9.0, 5.0))
+        figure = new_figure(figsize=(9.0, max(5.0, 0.2 + LEGEND_INCHES * len(lines))))
     except ModuleNotFoundError:
         return None
     axes = figure.subplots()

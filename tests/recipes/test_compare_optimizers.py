@@ -295,6 +295,7 @@ def test_thirty_lines_of_a_picture_look_different(tmp_path, monkeypatch) -> None
     box, inside = legend.get_window_extent(), axes.get_window_extent()
     assert box.x0 >= inside.x1
     assert box.x1 <= figures[0].bbox.x1
+    assert box.y0 >= figures[0].bbox.y0
 
 
 def test_a_pace_is_compared_within_its_rounds() -> None:
