@@ -217,9 +217,9 @@ class Diagnosis:
         """Return learning rates to try, ascending, against AdamW's; None: that is unknown.
 
         A rule of thumb for `rho=auto`. In this package's studies the best one was AdamW's own to
-        four times that, with one threshold for a group a third to twice, with Hutchinson's
-        estimator a third. With a number for rho and the paper's step a language model wanted far
-        less, a sixth.
+        four times that, with one threshold for a group a sixth to twice, with Hutchinson's
+        estimator a third to a half. With a number for rho and the paper's step a language model
+        wanted far less, a sixth.
         """
         if self.adamw_lr is None or not self.curvatures:
             return None
