@@ -14,7 +14,7 @@ from hf_sophia.trainer.options import AUTO_DEFAULTS, SHARED_CLIP_FRACTION
 RATES = {"gnb": (0.5, 1.0, 2.0, 4.0), "hutchinson": (0.125, 0.25, 0.5)}
 
 #: The same with one threshold for a group, which clips far more.
-GROUP_RATES = (0.25, 0.5, 1.0, 2.0)
+GROUP_RATES = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 #: What part of the others' gradient may be rounding.
 _ROUNDING = 1e-3

@@ -283,7 +283,7 @@ def test_an_estimator_of_ones_own_has_learning_rates_too() -> None:
 
 def test_one_threshold_for_a_group_wants_smaller_learning_rates(tiny_gpt2, tmp_path) -> None:
     found = diagnose(trainer_of(tiny_gpt2(), tmp_path, optim_args="rho_scope=group"), adamw_lr=4e-3)
-    assert found.learning_rates() == (1e-3, 2e-3, 4e-3, 8e-3)
+    assert found.learning_rates() == (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
 @pytest.mark.parametrize(
