@@ -186,7 +186,8 @@ def reentrant_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
         for module in model.modules()
         if vars(module).get("gradient_checkpointing")
         and isinstance(func := vars(module).get("_gradient_checkpointing_func"), functools.partial)
-        and func.keywords.get("use_reentrant")
+        # Torch takes the reentrant form where nothing is said.
+        and func.keywords.get("use_reentrant") in (None, True)
     ]
 
 
@@ -227,6 +228,22 @@ def has_fused_head(model: torch.nn.Module) -> bool:
     # It hides behind the signature of the forward pass that it wraps.
     own = inspect.signature(base_model(model).forward, follow_wrapped=False).parameters
     return "fused_lm_head" in own
+
+
+def has_liger_kernels(model: torch.nn.Module) -> bool:
+    """Return whether modules of a model are Liger's, or run its forward passes.
+
+    Some of their backward passes write gradients over the activations that they saved, so that a
+    graph can be differentiated once; and they do it unseen by autograd's version counters.
+
+    Args:
+        model: The unwrapped model.
+    """
+    return any(
+        str(getattr(origin, "__module__", "")).startswith("liger_kernel.")
+        for module in model.modules()
+        for origin in (type(module), module.forward)
+    )
 
 
 def twice_differentiable_attention() -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_sophia.trainer.own_pass import has_fused_head, reentrant_modules
+from hf_sophia.trainer.own_pass import has_fused_head, has_liger_kernels, reentrant_modules
 from hf_sophia.trainer.support import inside_compilation
 
 #: Share of the batch that a forward pass for the Hessian alone takes when nothing else is asked.
@@ -81,6 +81,8 @@ def make_plan(
         reason = "FSDP2's gradients come out of a backward pass only"
     elif has_fused_head(model):
         reason = "the loss is fused with the head and makes no logits"
+    elif has_liger_kernels(model):
+        reason = "Liger's kernels overwrite the graph in its first backward pass"
     elif offloaded:
         reason = "activation offloading frees the graph in its first backward pass"
     elif reentrant_modules(model):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_sophia.trainer.heads import base_model
-from hf_sophia.trainer.own_pass import has_fused_head, reentrant_modules
+from hf_sophia.trainer.own_pass import has_fused_head, has_liger_kernels, reentrant_modules
 
 #: How processes may work together, besides FSDP version 2.
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -162,10 +162,11 @@ def check_twice_differentiable(args: Any, wrapped: torch.nn.Module, model: torch
             "hessian_computation_type=hutchinson needs a second derivative, which compiled models"
             f" do not have: leave torch_compile off, {instead}"
         )
-    if args.use_liger_kernel or has_fused_head(model):
+    if args.use_liger_kernel or has_liger_kernels(model) or has_fused_head(model):
         raise ValueError(
-            "hessian_computation_type=hutchinson needs a second derivative, which the fused loss of"
-            f" Liger or TRL does not have: leave use_liger_kernel off, {instead}"
+            "hessian_computation_type=hutchinson needs a second derivative, which the kernels of"
+            " Liger and the fused loss of TRL do not have: leave use_liger_kernel and Liger's"
+            f" patches off, {instead}"
         )
     if reentrant_modules(model):
         raise ValueError(

@@ -66,6 +66,17 @@ class Recorder(TrainerCallback):
         self.hessians[state.global_step + 1] = held
 
 
+class Gradients(TrainerCallback):
+    """Notes the gradients that each step trains on."""
+
+    def __init__(self) -> None:
+        self.of_steps: list[list[torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        grads = [param.grad.clone() for param in model.parameters() if param.grad is not None]
+        self.of_steps.append(grads)
+
+
 def run(
     model, folder, data=None, callback=None, trainer_class=SophiaTrainer, extra=None, **options
 ):

@@ -15,7 +15,16 @@ import hf_sophia
 from hf_sophia import SophiaSeq2SeqTrainer, SophiaTrainer
 
 from .families import CASES, CONFIGS
-from .runs import VOCABULARY, Recorder, dataset, first_hessian, hessians_of, run, sophia_of
+from .runs import (
+    VOCABULARY,
+    Gradients,
+    Recorder,
+    dataset,
+    first_hessian,
+    hessians_of,
+    run,
+    sophia_of,
+)
 
 
 def test_neftune_noise_reaches_both_passes_alike(tiny_gpt2, tmp_path) -> None:
@@ -181,7 +190,7 @@ def test_encoder_decoders_with_their_collator_and_generation(family, smoothing, 
 
 @pytest.mark.gpu
 def test_liger_kernels(tmp_path) -> None:
-    """The real ones; a forward pass like theirs is imitated in the tests of the own pass."""
+    """The real ones; passes like theirs are imitated in the tests of the own pass."""
     pytest.importorskip("liger_kernel")
     config = AutoConfig.for_model("llama", **{**CONFIGS["llama"], "vocab_size": VOCABULARY})
     hessians = []
@@ -193,3 +202,20 @@ def test_liger_kernels(tmp_path) -> None:
         hessians.append(hessians_of(trainer))
     for one, other in zip(*hessians, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-3 * float(one.max()))
+
+
+@pytest.mark.gpu
+def test_a_refresh_does_not_spoil_ligers_gradients(tmp_path) -> None:
+    """Their SwiGLU overwrites what it saved; with label smoothing the pass makes logits."""
+    pytest.importorskip("liger_kernel")
+    config = AutoConfig.for_model("llama", **{**CONFIGS["llama"], "vocab_size": VOCABULARY})
+
+    recorder = Gradients()
+    for optim in ("adamw_torch", "sophia"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        options = {"optim": optim, "optim_args": None, "label_smoothing_factor": 0.1}
+        options |= {"use_cpu": False, "use_liger_kernel": True, "max_steps": 1}
+        run(model, tmp_path, callback=recorder, **options)
+    for one, other in zip(*recorder.of_steps, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))

@@ -5,7 +5,7 @@ import importlib
 import logging
 import pickle
 import random
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy
 import pytest
@@ -27,7 +27,7 @@ from hf_sophia.trainer.own_pass import (
     undisturbed,
 )
 
-from .runs import Recorder, dataset, first_hessian, hessians_of, run, sophia_of
+from .runs import Gradients, Recorder, dataset, first_hessian, hessians_of, run, sophia_of
 
 WHOLE = "rho=0.2,k=10,hessian_batch_fraction=1.0"
 
@@ -313,6 +313,19 @@ def test_reentrant_checkpointing_gets_a_pass_of_its_own(tiny_gpt2, tmp_path) -> 
     assert len(reentrant_modules(model)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
+def test_checkpointing_that_does_not_say_which_form_is_reentrant(tiny_gpt2, tmp_path) -> None:
+    expected = first_hessian(tiny_gpt2, tmp_path)
+    unsaid = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"preserve_rng_state": False},
+    }
+    actual = first_hessian(tiny_gpt2, tmp_path, optim_args=WHOLE, **unsaid)
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other)
+    assert run(tiny_gpt2(), tmp_path, max_steps=1, **unsaid)._plan.fraction == 0.25
+
+
 def test_reentrant_checkpointing_outside_transformers_is_explained(tiny_gpt2, tmp_path) -> None:
     class Checkpointed(GPT2LMHeadModel):
         def forward(self, input_ids, labels):
@@ -345,6 +358,59 @@ def test_a_fused_loss_is_asked_for_its_logits(tiny_gpt2, tmp_path) -> None:
     run(model, tmp_path, callback=recorder, optim_args=whole, **options)
     assert recorder.refreshed == [1, 3]
     assert_equal(expected, recorder.hessians[1])
+
+
+class OverwritingSquare(torch.autograd.Function):
+    """Writes gradients over its saved activation, unseen by autograd, as Liger's SwiGLU does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        x.detach().numpy()[...] = (2.0 * x * cotangent).numpy()
+        return x.clone()
+
+
+def overwriting_forward(module, x):
+    return OverwritingSquare.apply(x)
+
+
+class Overwriting(torch.nn.Module):
+    forward = overwriting_forward
+
+
+def squares_by_class(monkeypatch) -> torch.nn.Module:
+    monkeypatch.setattr(Overwriting, "__module__", "liger_kernel.transformers.swiglu")
+    return Overwriting()
+
+
+def squares_by_forward(monkeypatch) -> torch.nn.Module:
+    """A module whose forward pass alone is replaced, as Liger does where a model exists already."""
+    monkeypatch.setattr(overwriting_forward, "__module__", "liger_kernel.transformers.swiglu")
+    module = torch.nn.Identity()
+    module.forward = MethodType(overwriting_forward, module)
+    return module
+
+
+@pytest.mark.parametrize("squares", [squares_by_class, squares_by_forward])
+def test_kernels_that_overwrite_the_graph_do_not_spoil_training(
+    squares, tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    recorder, act = Gradients(), squares(monkeypatch)
+    for optim, optim_args in (("adamw_torch", None), ("sophia", None), ("sophia", WHOLE)):
+        model = tiny_gpt2()
+        for block in model.transformer.h:
+            block.mlp.act = act
+        options = {"optim": optim, "optim_args": optim_args, "max_steps": 1}
+        # Labels outside of the model keep the logits of Liger's causal models.
+        run(model, tmp_path, callback=recorder, label_smoothing_factor=0.1, **options)
+    expected, *others = recorder.of_steps
+    for actual in others:
+        assert_equal(expected, actual)
 
 
 def test_a_training_pass_without_logits_is_noticed(tiny_gpt2, tmp_path, caplog) -> None:
