@@ -11,21 +11,23 @@ import math
 import re
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
+from transformers.trainer import Trainer
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.threshold import CoordinateSample
+from hf_sophia.trainer.asked import held, not_shared, optimizer_of, options_of
 from hf_sophia.trainer.diagnosis import Curvature, Diagnosis, Finding, Sample
 from hf_sophia.trainer.findings import judge
 from hf_sophia.trainer.heads import HeadOutput
-from hf_sophia.trainer.options import AUTO, AUTO_DEFAULTS, constructor_options
+from hf_sophia.trainer.options import AUTO, AUTO_DEFAULTS
 from hf_sophia.trainer.own_pass import undisturbed
 from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
 from hf_sophia.trainer.trainer_sophia import TrainerSophia
@@ -99,52 +101,37 @@ def diagnose(
     watch = _Watch(trainer, model)
     targets: dict[torch.Tensor, float] = {}
     try:
-        if isinstance(trainer.optimizer, Sophia):
-            group = trainer.optimizer.param_groups[0]
-            known = set(TrainerSophia._asked_for) - {"weight_decay"}
-            asked = {option: group[option] for option in known}
-            if isinstance(trainer.optimizer, TrainerSophia):
-                asked["embedding_clip_fraction"] = trainer.optimizer.embedding_clip_fraction
-            elif asked["rho"] == AUTO:
+        if size == 0:
+            raise ValueError(
+                "the model has no parameter to train: requires_grad is False for all of them."
+                " Unfreeze what shall train"
+            )
+        optimizer = optimizer_of(trainer, name)
+        if optimizer is not None:
+            for message in not_shared(optimizer, model):
+                diagnosis.findings.append(Finding("warning", message))
+        if isinstance(optimizer, Sophia):
+            asked = options_of(optimizer)
+            diagnosis.rho, diagnosis.k = asked["rho"], asked["k"]
+            if diagnosis.rho == AUTO and not isinstance(optimizer, TrainerSophia):
                 targets = {
-                    param: trainer.optimizer.clip_fraction_asked(param, group)
-                    for group in trainer.optimizer.param_groups
+                    param: optimizer.clip_fraction_asked(param, group)
+                    for group in optimizer.param_groups
                     for param in group["params"]
                 }
-        elif trainer.optimizer is not None and name == "sophia":
-            raise ValueError(
-                f"the Trainer was given a {type(trainer.optimizer).__name__} (optimizers=...), so"
-                " that --optim sophia would have no effect: leave it out"
-            )
-        elif name == "sophia":
-            asked = constructor_options("sophia", trainer.args, _BETAS)
-        if name == "sophia" or isinstance(trainer.optimizer, Sophia):
-            diagnosis.rho = asked["rho"]
-            diagnosis.k = asked.get("k", diagnosis.k)
         if diagnosis.rho == AUTO:
             diagnosis.rho_scope = asked.get("rho_scope", diagnosis.rho_scope)
             if diagnosis.rho_scope == "group":
                 diagnosis.target = asked["target_clip_fraction"]
         diagnosis.nesterov = asked.get("nesterov", False)
         diagnosis.estimator = asked.get("hessian_computation_type", diagnosis.estimator)
-        if size == 0:
-            raise ValueError(
-                "the model has no parameter to train: requires_grad is False for all of them."
-                " Unfreeze what shall train"
-            )
         steps = steps or _enough_steps(asked["betas"][0], trainer)
         # With a number for rho, what is said of rho=auto is of its defaults.
         shares = {} if diagnosis.rho == AUTO else _SHARES
         options = asked | shares | {"lr": 0.0, "k": _K, "rho": 1.0, "bias_correction": True}
         with _looking(trainer, options, steps, watch, diagnosis.findings):
             trainer.train()
-            optimizer = trainer._sophia
-            if optimizer is None:
-                raise ValueError(
-                    f"{type(trainer).__name__} makes an optimizer of its own, so that"
-                    " --optim sophia would have no effect: take its create_optimizer out"
-                )
-            _collect(diagnosis, optimizer, watch, targets)
+            _collect(diagnosis, trainer._sophia, watch, targets)
     except Exception as error:
         # Whatever it is would have ended the run.
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
@@ -194,6 +181,8 @@ class _Watch(TrainerCallback):
         self._began = self._clock()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for group in self._trainer._sophia.param_groups:
+            group["lr"] = 0.0  # a training_step may have a schedule of its own
         for param, sample in self.samples.items():
             if param.grad is not None:
                 self.last[param] = sample.take(param.grad).float()
@@ -236,15 +225,16 @@ def _looking(
         "lr_scheduler": None,
         "model_init": None,
         "optimizer_cls_and_kwargs": (TrainerSophia, options),
+        # Transformers' own: one of the user's would make an optimizer that moves the parameters.
+        **{
+            name: MethodType(getattr(Trainer, name), trainer)
+            for name in ("create_optimizer", "create_scheduler")
+        },
         "sophia_head": _spied(trainer, watch),
         "state": copy.deepcopy(trainer.state),
         "control": copy.copy(trainer.control),
     }
     accelerator = trainer.accelerator
-    held = [
-        (vars(thing), _plainly_copied(vars(thing)))
-        for thing in (trainer, trainer.callback_handler, accelerator)
-    ]
     scaler = accelerator.scaler and accelerator.scaler.state_dict()
     grads = {param: param.grad for param in watch.params}
     training = trainer.model.training
@@ -252,34 +242,21 @@ def _looking(
     logger = logging.getLogger("hf_sophia")
     logger.addHandler(listener)
     try:
-        vars(trainer).update(replaced)
-        trainer.callback_handler.callbacks = [DefaultFlowCallback(), watch]
-        with undisturbed(accelerator.unwrap_model(trainer.model), trainer.args.seed):
-            yield
+        with held(trainer, trainer.callback_handler, accelerator):
+            vars(trainer).update(replaced)
+            trainer.callback_handler.callbacks = [DefaultFlowCallback(), watch]
+            try:
+                with undisturbed(accelerator.unwrap_model(trainer.model), trainer.args.seed):
+                    yield
+            finally:
+                watch.way = trainer._plan and f"{trainer._plan}: {trainer._plan.reason}"
     finally:
         logger.removeHandler(listener)
-        watch.way = trainer._plan and f"{trainer._plan}: {trainer._plan.reason}"
-        for current, before in held:
-            current.clear()
-            current.update(before)
         if scaler:
             accelerator.scaler.load_state_dict(scaler)
         trainer.model.train(training)
         for param, grad in grads.items():
             param.grad = grad
-
-
-def _plainly_copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copy attributes: dictionaries and the lists in them anew, all else as it is."""
-
-    def copied(value: Any) -> Any:
-        if type(value) in (dict, defaultdict):
-            fresh = {key: copied(inner) for key, inner in value.items()}
-            return fresh if type(value) is dict else defaultdict(value.default_factory, fresh)
-        # Not what is in it: a list may be the data set.
-        return list(value) if type(value) is list else value
-
-    return {name: copied(value) for name, value in attributes.items()}
 
 
 def _spied(trainer: SophiaTrainerMixin, watch: _Watch) -> Callable[..., HeadOutput]:

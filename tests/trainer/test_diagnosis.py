@@ -296,7 +296,7 @@ def test_one_threshold_for_a_group_wants_smaller_learning_rates(tiny_gpt2, tmp_p
         ({"optim_args": "rho=1"}, "note", "without bias_correction=true h is too small"),
         ({"optim_args": "fused=false"}, "note", "step of 100% of the coordinates is not fused"),
         ({"optim_args": "rho=auto,colour=1"}, "error", "unknown option 'colour'"),
-        ({"trainer": "own optimizer"}, "error", "makes an optimizer of its own"),
+        ({"trainer": "own optimizer"}, "error", "that the Trainer makes (create_optimizer) is SGD"),
         ({"model": "unreached"}, "warning", "no gradient reaches lost: freeze"),
         ({"data": "iterator", "max_steps": 300}, "warning", "the data set is an iterator"),
         (
@@ -304,7 +304,7 @@ def test_one_threshold_for_a_group_wants_smaller_learning_rates(tiny_gpt2, tmp_p
             "warning",
             "32 steps have 4 refreshes with k=10",
         ),
-        ({"trainer": "given optimizer"}, "error", "the Trainer was given a SGD (optimizers=...)"),
+        ({"trainer": "given optimizer"}, "error", "the Trainer was given (optimizers=...) is SGD"),
         ({"data": "beyond"}, "error", "IndexError: "),
         ({"data": "ignored"}, "error", "no refresh has succeeded"),
         ({"data": "ignored"}, "warning", "no label of the batch of step 1 counts"),
@@ -373,6 +373,70 @@ def test_a_sophia_that_was_given_is_examined(tiny_gpt2, tmp_path) -> None:
     found = diagnose(trainer, steps=6)
     assert (found.rho, found.k) == (1e9, 3)
     assert any("rho=1e+09 would clip 0.0%" in text for text in messages(found, "warning"))
+
+
+class MakesSophia(SophiaTrainer):
+    """Layer-wise learning rates and a schedule in the training step, as scripts have them."""
+
+    def create_optimizer(self, *args):
+        params = list(self.model.parameters())
+        groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:]}]
+        self.optimizer = Sophia(groups, lr=0.1, rho=1e9, k=3, betas=(0.8, 0.9))
+        return self.optimizer
+
+    def training_step(self, *args, **kwargs):
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.3
+        return super().training_step(*args, **kwargs)
+
+
+def makes_of_a_class(model, args, train_dataset) -> SophiaTrainer:
+    options = {"lr": 0.1, "rho": 1e9, "k": 3, "betas": (0.8, 0.9)}
+    made = (Sophia, options)
+    return SophiaTrainer(model, args, train_dataset=train_dataset, optimizer_cls_and_kwargs=made)
+
+
+@pytest.mark.parametrize("trainer_class", [MakesSophia, makes_of_a_class])
+@pytest.mark.parametrize("optim", ["sophia", "adamw_torch"])
+def test_a_sophia_that_the_trainer_makes_is_examined_and_moves_nothing(
+    trainer_class, optim, tiny_gpt2, tmp_path
+) -> None:
+    model = tiny_gpt2()
+    model.transformer.wpe.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    trainer = trainer_of(model, tmp_path, trainer_class, optim=optim, optim_args=None)
+    found = diagnose(trainer, steps=6)
+    assert not found.failed, found.findings
+    assert (found.rho, found.k, len(found.tokens)) == (1e9, 3, 3)
+    assert any("rho=1e+09 would clip 0.0%" in text for text in messages(found, "warning"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert trainer.optimizer is trainer.lr_scheduler is None
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert sophia_of(trainer).param_groups[0]["betas"] == (0.8, 0.9)
+    moved = [not torch.equal(value, before[name]) for name, value in model.state_dict().items()]
+    assert any(moved)
+
+
+def test_an_optimizer_of_other_parameters_than_the_models_is_told_of(tiny_gpt2, tmp_path) -> None:
+    model = tiny_gpt2()
+    trainer = trainer_of(model, tmp_path)
+    trainer.optimizer = Sophia(list(tiny_gpt2().parameters())[:3], lr=1e-3)
+    told = messages(diagnose(trainer, steps=4), "warning")
+    count = len(list(model.parameters())) - 1
+    assert any(f"lacks transformer.wte.weight and {count} more" in text for text in told)
+    assert any("holds 3 tensors that are no parameters of the model" in text for text in told)
+    trainer.optimizer = Sophia(model.parameters(), lr=1e-3)
+    agree = messages(diagnose(trainer, steps=4), "warning")
+    assert not any("lacks" in text or "holds" in text for text in agree)
+
+
+def test_a_share_of_the_batch_is_that_of_the_given_optimizer(tiny_gpt2, tmp_path) -> None:
+    trainer = trainer_of(tiny_gpt2(), tmp_path, optim_args="hessian_batch_fraction=0.5,fused=false")
+    trainer.create_optimizer()
+    found = diagnose(trainer, steps=4)
+    assert found.tokens == [22, 22]
+    assert set(found.not_fused) == {"fused is False"}
 
 
 def test_what_starts_at_zero_is_told_from_what_is_cut_off(tiny_gpt2, tmp_path) -> None:
