@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.trainer import Trainer
 
 from hf_sophia.optim import Sophia
 from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
@@ -59,25 +58,20 @@ def optimizer_of(trainer: SophiaTrainerMixin, name: str) -> torch.optim.Optimize
     """
     if trainer.optimizer is not None:
         optimizer, source = trainer.optimizer, "was given (optimizers=...)"
-    elif (own := _makes_its_own(trainer)) or trainer.optimizer_cls_and_kwargs or name == "sophia":
+    else:
+        own = trainer._has_its_own("create_optimizer")
+        if not own and trainer.optimizer_cls_and_kwargs is None and name != "sophia":
+            return None
         source = "makes (create_optimizer)" if own else "was given (optimizer_cls_and_kwargs=...)"
         with held(trainer):
             trainer.create_optimizer()
             optimizer = trainer.optimizer
-    else:
-        return None
     if name == "sophia" and not isinstance(optimizer, Sophia):
         raise ValueError(
             f"the optimizer that the Trainer {source} is {type(optimizer).__name__}, so that"
             " --optim sophia would have no effect: leave it out"
         )
     return optimizer
-
-
-def _makes_its_own(trainer: SophiaTrainerMixin) -> bool:
-    """Whether a class of the user's, or this object, has a way of its own to an optimizer."""
-    others = [cls for cls in type(trainer).__mro__ if cls not in (SophiaTrainerMixin, Trainer)]
-    return any("create_optimizer" in vars(place) for place in (trainer, *others))
 
 
 def options_of(optimizer: Sophia) -> dict[str, Any]:

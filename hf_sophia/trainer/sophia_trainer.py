@@ -79,8 +79,17 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             optimizer = optimizer.optimizer
         return optimizer if isinstance(optimizer, Sophia) else None
 
+    def _has_its_own(self, method: str) -> bool:
+        """Whether a class of the user's, or this object, has put something in a method's place."""
+        others = [cls for cls in type(self).__mro__ if cls not in (SophiaTrainerMixin, Trainer)]
+        return any(method in vars(place) for place in (self, *others))
+
     def _keeps_checkpoints_whole(self) -> bool:
-        return self.args.optim == "sophia" or self._sophia is not None
+        if self.args.optim == "sophia" or self._sophia is not None:
+            return True
+        # Asked before training too, when it is not known yet what will be made.
+        given = self.optimizer_cls_and_kwargs is not None
+        return self.optimizer is None and (given or self._has_its_own("create_optimizer"))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, and refuse a Sophia run that would go wrong later.
@@ -295,12 +304,13 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
         self, model: torch.nn.Module, inputs: dict[str, Any], count: torch.Tensor | int
     ) -> torch.Tensor:
         """Compute the Trainer's loss as the mean over these inputs alone."""
-        if self.compute_loss_func is None:
+        if self.compute_loss_func is None and not self._has_its_own("compute_loss"):
             return self.compute_loss(model, dict(inputs))
-        # A function of the user's may rely on the number; the Trainer multiplies what it divides.
-        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=count)
-        scaled = self.args.average_tokens_across_devices
-        return loss / self.accelerator.num_processes if scaled else loss
+        # Code of the user's may rely on the number. Where it is to be that of all processes, their
+        # number is made up for in the loss, by the Trainer or by that code.
+        if self.args.average_tokens_across_devices:
+            count = count * self.accelerator.num_processes
+        return self.compute_loss(model, dict(inputs), num_items_in_batch=count)
 
     def _checked_head(
         self,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
-from hf_sophia import SophiaTrainer
+from hf_sophia import Sophia, SophiaTrainer
 from hf_sophia.trainer.checkpoints import checkpoints_of, is_whole, last_whole
 
 from .runs import arguments, dataset, hessians_of, run, sophia_of
@@ -64,6 +64,33 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(
     assert "checkpoint-8 was not written to its end: resuming from" in caplog.text
     assert_same_end(whole, resumed)
     assert last_whole(tmp_path) == newest
+
+
+class MakesSophia(SophiaTrainer):
+    def create_optimizer(self, *args):
+        self.optimizer = Sophia(self.model.parameters(), lr=1e-3, rho=0.2, k=3)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("own", ["class", "method"])
+def test_it_is_passed_over_where_the_arguments_do_not_name_sophia(
+    own, tiny_gpt2, tmp_path, caplog
+) -> None:
+    args = arguments(tmp_path, **{**SAVING, "optim": "adamw_torch", "optim_args": None})
+    made = {"optimizer_cls_and_kwargs": (Sophia, {"lr": 1e-3, "rho": 0.2, "k": 3})}
+
+    def trainer() -> SophiaTrainer:
+        if own == "method":
+            return MakesSophia(tiny_gpt2(), args, train_dataset=dataset())
+        return SophiaTrainer(tiny_gpt2(), args, train_dataset=dataset(), **made)
+
+    whole = trainer()
+    whole.train()
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-8 was not written to its end: resuming from" in caplog.text
+    assert_same_end(whole, resumed)
 
 
 def test_without_a_whole_checkpoint_resuming_is_an_error(tiny_gpt2, tmp_path) -> None:

@@ -14,7 +14,7 @@ from hf_sophia import SophiaTrainer, hutchinson
 from hf_sophia.trainer.noise import Place, noise_seed
 
 from .families import CASES
-from .runs import Recorder, dataset, first_hessian, hessians_of, run, sophia_of
+from .runs import Recorder, arguments, dataset, first_hessian, hessians_of, run, sophia_of
 
 HUTCHINSON = "hessian_computation_type=hutchinson,rho=0.2"
 WHOLE = f"{HUTCHINSON},hessian_batch_fraction=1.0"
@@ -144,18 +144,62 @@ def test_a_model_of_unknown_head_needs_no_adapter(tmp_path) -> None:
     assert trainer.state.log_history[0]["sophia/hessian_tokens"] == 4
 
 
-def test_a_loss_function_may_need_the_number_of_items(tiny_gpt2, tmp_path) -> None:
-    def summed(outputs, labels, num_items_in_batch):
-        logits = outputs.logits[:, :-1].flatten(0, 1)
-        loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
-        return loss / num_items_in_batch
+def summed(outputs, labels, num_items_in_batch):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return loss / num_items_in_batch
 
-    options = {"optim_args": WHOLE, "gradient_accumulation_steps": 2}
-    expected = first_hessian(tiny_gpt2, tmp_path, **options)
-    extra = {"compute_loss_func": summed}
-    actual = first_hessian(tiny_gpt2, tmp_path, extra=extra, **options)
+
+class Summing(SophiaTrainer):
+    """Divides a sum as the Trainer's documentation has it, in a loss of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = summed(outputs, inputs["labels"], num_items_in_batch)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+class Passing(SophiaTrainer):
+    """Leaves the division to the model, whose loss takes the number."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+BY_NUMBER = {
+    "function": {"extra": {"compute_loss_func": summed}},
+    "method": {"trainer_class": Summing},
+    "model": {"trainer_class": Passing},
+}
+
+
+@pytest.mark.parametrize("options", BY_NUMBER.values(), ids=BY_NUMBER)
+def test_a_loss_may_need_the_number_of_items(options, tiny_gpt2, tmp_path) -> None:
+    shared = {"optim_args": WHOLE, "gradient_accumulation_steps": 2}
+    expected = first_hessian(tiny_gpt2, tmp_path, **shared)
+    actual = first_hessian(tiny_gpt2, tmp_path, **options, **shared)
     for one, other in zip(expected, actual, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("options", BY_NUMBER.values(), ids=BY_NUMBER)
+def test_of_several_processes_each_takes_its_own_mean(
+    options, average, tiny_gpt2, tmp_path, monkeypatch
+) -> None:
+    trainer = options.get("trainer_class", SophiaTrainer)(
+        tiny_gpt2(),
+        arguments(tmp_path, average_tokens_across_devices=average),
+        train_dataset=dataset(),
+        **options.get("extra", {}),
+    )
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
+    inputs = default_collate(dataset(4))
+    expected = trainer.model(**inputs).loss
+    loss = trainer._mean_loss(trainer.model, inputs, torch.tensor(44))
+    torch.testing.assert_close(loss, expected)
 
 
 def test_checkpointing_without_reentrance_gives_the_same(tiny_gpt2, tmp_path) -> None:
