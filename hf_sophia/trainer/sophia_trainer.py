@@ -296,9 +296,25 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             # FSDP2 gathers parameters in hooks, the outermost of which may be the wrapper's.
             forward = wrapped if self._plan.sharded else model
             with without_reentrance(model):
-                outputs = forward(**given, **asking_for_logits(model))
+                try:
+                    outputs = forward(**given, **asking_for_logits(model))
+                except (TypeError, ValueError, LookupError, AttributeError) as error:
+                    if self._has_its_own("compute_loss"):
+                        raise self._unlike_training(model, given, error) from error
+                    raise
                 head = self._checked_head(model, share, outputs, None)
                 refresh.add_part(head, index, examples)
+
+    def _unlike_training(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], error: Exception
+    ) -> RuntimeError:
+        """Say why a model may fail on a batch that it was not given like this in training."""
+        return RuntimeError(
+            f"the Hessian's own forward pass gives {type(model).__name__} the batch as the Trainer"
+            f" has it, {sorted(inputs)}, which failed ({error}). If {type(self).__name__}'s"
+            " compute_loss changes it first, do that in the data collator, or call"
+            " super().compute_loss there and leave hessian_batch_fraction out"
+        )
 
     def _mean_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], count: torch.Tensor | int

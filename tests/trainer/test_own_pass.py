@@ -456,6 +456,19 @@ def test_a_training_pass_without_logits_is_noticed(tiny_gpt2, tmp_path, caplog) 
         assert "0.25 of the batch: the training pass makes no logits with a graph" in caplog.text
 
 
+def test_a_compute_loss_that_changes_the_batch_is_named(tiny_gpt2, tmp_path) -> None:
+    class Renaming(SophiaTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(input_ids=inputs["tokens"], labels=inputs["labels"])
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    data = [{"tokens": row["input_ids"], "labels": row["labels"]} for row in dataset()]
+    options = {"data": data, "optim_args": WHOLE, "remove_unused_columns": False}
+    told = r"\['labels', 'tokens'\], which failed .*If Renaming's compute_loss changes it first"
+    with pytest.raises(RuntimeError, match=told):
+        run(tiny_gpt2(), tmp_path, trainer_class=Renaming, **options)
+
+
 def test_a_compute_loss_of_any_kind_works_beside_it(tiny_gpt2, tmp_path) -> None:
     class Weighted(SophiaTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
