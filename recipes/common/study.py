@@ -13,6 +13,11 @@ from common.arguments import read_yaml
 #: order, the initialisation, the schedule and the budget.
 OWN_ARGUMENTS = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 
+_FOLDER = Path(__file__).parents[1]
+
+#: The recipes that can be compared on: modules beside this package.
+RECIPES = sorted({path.stem for path in _FOLDER.glob("*.py")} - {"compare_optimizers"})
+
 #: How a step's rows are cut into micro-batches, which an ablation may change, but not their number.
 _CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -148,10 +153,19 @@ def read_study(path: Path) -> Study:
     )
     for name in ("arguments", "optimizers"):
         _check_mapping(f"{path}: {name}", values[name])
+    values["arguments"] = _merged({}, values["arguments"])
+    if values["recipe"] not in RECIPES:
+        raise ValueError(
+            f"{path}: recipe must be one of {', '.join(RECIPES)}, got {values['recipe']!r}"
+        )
     if not isinstance(values["seeds"], list) or not all(
-        isinstance(seed, int) and seed >= 0 for seed in values["seeds"]
+        type(seed) is int and seed >= 0 for seed in values["seeds"]
     ):
         raise ValueError(f"{path}: seeds must be a list of whole numbers, got {values['seeds']!r}")
+    rows = values.get("validation_rows", 1)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"{path}: validation_rows must be a whole number > 0, got {rows!r}")
+    _check_rows(f"{path}: arguments", values["arguments"], values)
     candidates = {}
     for name, options in values["optimizers"].items():
         candidates[name] = _read_candidate(f"{path}: optimizers.{name}", options, values)
@@ -162,7 +176,7 @@ def read_study(path: Path) -> Study:
             f" together, got {budgets}"
         )
     for name in ("reference", "subject"):
-        if name in values and values[name] not in candidates:
+        if name in values and values[name] not in list(candidates):
             raise ValueError(f"{path}: {name} {values[name]!r} is not among {sorted(candidates)}")
     ablations = values.get("ablations", {})
     _check_mapping(f"{path}: ablations", ablations)
@@ -183,10 +197,12 @@ def _read_candidate(where: str, options: Any, values: dict[str, Any]) -> Candida
     _check_names(
         where, options, {"optim", "learning_rate"}, {"optim_args", "arguments", "variants"}
     )
+    if not isinstance(options["optim"], str):
+        raise ValueError(f"{where}: optim must be a name, got {options['optim']!r}")
     rates = options["learning_rate"]
     if (
         not isinstance(rates, list)
-        or not all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
+        or not all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
         or sorted(set(rates)) != rates
         or len(rates) < MIN_LEARNING_RATES
     ):
@@ -229,7 +245,11 @@ def _check_rows(where: str, arguments: Mapping[str, Any], values: Mapping[str, A
     size, accumulation = _CUT
 
     def rows(given: Mapping[str, Any]) -> int:
-        return given.get(size, 8) * given.get(accumulation, 1)  # the Trainer's defaults
+        cut = {size: 8, accumulation: 1, **given}  # the Trainer's defaults
+        for name in _CUT:
+            if type(cut[name]) is not int or cut[name] < 1:
+                raise ValueError(f"{where}: {name} must be a whole number > 0, got {cut[name]!r}")
+        return cut[size] * cut[accumulation]
 
     if rows(arguments) != rows(values["arguments"]):
         raise ValueError(
@@ -241,15 +261,21 @@ def _check_rows(where: str, arguments: Mapping[str, Any], values: Mapping[str, A
 def _check_mapping(where: str, values: Any) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: wanted 'name: value' lines, got {values!r}")
+    if odd := [name for name in values if not isinstance(name, str)]:
+        raise ValueError(f"{where}: a name was read as {odd[0]!r}: put quotes around it")
 
 
-def _read_extended(path: Path) -> dict[str, Any]:
+def _read_extended(path: Path, *readers: Path) -> dict[str, Any]:
     values = read_yaml(path)
+    _check_mapping(str(path), values)
     if (base := values.pop("extends", None)) is None:
         return values
-    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
-        raise ValueError(f"{path}: extends must name another file, got {base!r}")
-    return _overlaid(_read_extended(path.parent / base), values)
+    readers = (*readers, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in readers:
+        raise ValueError(
+            f"{path}: extends must name a file that does not extend this one, got {base!r}"
+        )
+    return _overlaid(_read_extended(path.parent / base, *readers), values)
 
 
 def _overlaid(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,18 @@ def landscape(monkeypatch) -> list[Trial]:
             {"optimizers": {"adamw": {"optim": "a", "learning_rate": [1, 3, 2, 4]}}},
             "at least 4 values > 0 in ascending order",
         ),
+        ({"recipe": "json"}, "recipe must be one of finetune_causal_lm, .*, got 'json'"),
+        ({"recipe": ["pretrain_gpt2"]}, r"recipe must be one of .*got \['pretrain_gpt2'\]"),
+        ({"optimizers": {"a": candidate(optim=["adam"])}}, r"optim must be a name, got \['adam'\]"),
+        ({"optimizers": {1: candidate()}}, "optimizers: a name was read as 1: put quotes"),
+        ({"ablations": {False: {}}}, "ablations: a name was read as False: put quotes"),
+        ({"reference": ["adamw"]}, r"reference \['adamw'\] is not among"),
+        ({"validation_rows": -5}, "validation_rows must be a whole number > 0, got -5"),
+        ({"seeds": [True]}, "seeds must be a list of whole numbers"),
+        (
+            {"arguments": {"gradient_accumulation_steps": 1.5}},
+            "gradient_accumulation_steps must be a whole number > 0, got 1.5",
+        ),
     ],
 )
 def test_a_study_that_cant_be_compared_is_refused(changes, message, write, tmp_path) -> None:
@@ -175,9 +187,17 @@ def test_a_study_extends_another(write, tmp_path) -> None:
     assert found.candidates["adamw"].base.arguments == {"max_steps": 2}
     assert found.seeds == (1, 2, 3)
     assert found.subject is None
-    shorter.write_text(yaml.safe_dump({"extends": shorter.name}))
-    with pytest.raises(ValueError, match="extends must name another file"):
-        read_study(shorter)
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"extends": shorter.name}))
+    for name in (shorter.name, other.name):
+        shorter.write_text(yaml.safe_dump({"extends": name}))
+        with pytest.raises(ValueError, match="extends must name a file that does not extend this"):
+            read_study(shorter)
+
+
+def test_a_null_of_a_study_of_its_own_is_as_if_nothing_were_said(write) -> None:
+    found = read_study(write(arguments={"max_steps": 4, "per_device_train_batch_size": None}))
+    assert found.candidates["adamw"].base.arguments == {"max_steps": 4}
 
 
 def test_the_best_of_each_runs_with_every_seed_and_nothing_twice(
