@@ -1,13 +1,12 @@
 """The Gauss-Newton-Bartlett estimate of the Hessian's diagonal, from labels the model samples."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from hf_sophia.estimators.differentiation import gradients
-from hf_sophia.estimators.grouped import GroupedEstimate
+from hf_sophia.estimators.grouped import GroupedEstimate, Parameters
 from hf_sophia.estimators.likelihoods import sampled_cotangent
 
 
@@ -29,7 +28,8 @@ class GaussNewtonBartlett(GroupedEstimate):
     of the step's last micro-batch, with every parameter that trains.
 
     Args:
-        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+        params: The parameters to estimate for, with or without their names; those with
+            `requires_grad=False` are left out.
 
     References:
         Liu et al., "Sophia", 2023, arXiv 2305.14342, Section 2.3 and Algorithm 2.
@@ -117,7 +117,7 @@ def _factor_on_the_sum(loss_scale: float, count: int) -> float:
 
 def gauss_newton_bartlett(
     logits: torch.Tensor,
-    params: Iterable[torch.Tensor],
+    params: Parameters,
     *,
     targets: torch.Tensor | None = None,
     likelihood: str = "categorical",
@@ -132,7 +132,8 @@ def gauss_newton_bartlett(
 
     Args:
         logits: The model's outputs with their graph, shape (..., classes).
-        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+        params: The parameters to estimate for, with or without their names; those with
+            `requires_grad=False` are left out.
         targets: Only say which predictions count: those that are not -100. Shape (...) for
             `"categorical"` (for a causal language model, the labels shifted by one), else that of
             the logits; None: all count.
@@ -149,6 +150,7 @@ def gauss_newton_bartlett(
 
     Raises:
         ValueError: The logits carry no graph, no prediction counts, or an argument is wrong.
+        TypeError: Something in params is no parameter.
         RuntimeError: The graph was freed by an earlier backward pass.
 
     Under DistributedDataParallel it is this process's own; `GaussNewtonBartlett.all_reduce` makes

@@ -10,18 +10,50 @@ from torch.distributed.tensor import DTensor
 BUCKET_BYTES = 64 * 2**20
 
 
+#: What estimators take: `model.parameters()`, `model.named_parameters()`, or such a list.
+Parameters = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+def trained(params: Parameters) -> list[torch.Tensor]:
+    """Return the parameters that require a gradient, each once.
+
+    Args:
+        params: Parameters, with or without their names.
+
+    Raises:
+        TypeError: Something in it is no parameter.
+    """
+    single = isinstance(params, torch.Tensor | torch.nn.Module)
+    if single or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of parameters, got one {type(params).__name__}: pass"
+            " model.parameters() or a list"
+        )
+    found = [param[1] if isinstance(param, tuple) else param for param in params]
+    for param in found:
+        if not isinstance(param, torch.Tensor):
+            raise TypeError(
+                f"params must hold parameters, got {param!r}: pass model.parameters() or a list"
+            )
+    return list(dict.fromkeys(param for param in found if param.requires_grad))
+
+
 class GroupedEstimate:
     """A diagonal summed over groups of predictions, and the number of predictions.
 
     Args:
-        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+        params: The parameters to estimate for, with or without their names; those with
+            `requires_grad=False` are left out.
 
     Attributes:
         params: Those that are left.
+
+    Raises:
+        TypeError: Something in params is no parameter.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor]) -> None:
-        self.params = list(dict.fromkeys(p for p in params if p.requires_grad))
+    def __init__(self, params: Parameters) -> None:
+        self.params = trained(params)
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._count: torch.Tensor | None = None
 

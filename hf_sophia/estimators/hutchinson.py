@@ -1,11 +1,9 @@
 """Hutchinson's estimate of the Hessian's diagonal, from Hessian-vector products."""
 
-from collections.abc import Iterable
-
 import torch
 from torch.distributed.tensor import DTensor
 
-from hf_sophia.estimators.grouped import GroupedEstimate
+from hf_sophia.estimators.grouped import GroupedEstimate, Parameters, trained
 
 #: How the probe vectors may be distributed.
 DISTRIBUTIONS = ("rademacher", "gaussian")
@@ -35,7 +33,8 @@ class Hutchinson(GroupedEstimate):
     which is unbiased for the diagonal of the Hessian of the mean loss over all predictions.
 
     Args:
-        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+        params: The parameters to estimate for, with or without their names; those with
+            `requires_grad=False` are left out.
 
     References:
         Liu et al., "Sophia", 2023, arXiv 2305.14342, Section 2.3 and Algorithm 1.
@@ -74,7 +73,7 @@ class Hutchinson(GroupedEstimate):
 
 def hutchinson(
     loss: torch.Tensor,
-    params: Iterable[torch.Tensor],
+    params: Parameters,
     *,
     probes: int = 1,
     distribution: str = "rademacher",
@@ -87,7 +86,8 @@ def hutchinson(
 
     Args:
         loss: A tensor of one element with its graph, twice differentiable. The graph is kept.
-        params: The parameters to estimate for; those with `requires_grad=False` are left out.
+        params: The parameters to estimate for, with or without their names; those with
+            `requires_grad=False` are left out.
         probes: How many probe vectors to average over; >= 1. Each costs one backward pass through
             the gradient's graph.
         distribution: `"rademacher"` or `"gaussian"`.
@@ -100,6 +100,7 @@ def hutchinson(
     Raises:
         ValueError: The loss has more than one element or no graph, an option is out of range, or a
             parameter is sharded.
+        TypeError: Something in params is no parameter.
         RuntimeError: An operation in the graph has no second derivative, or the graph was freed.
 
     Example:
@@ -120,7 +121,7 @@ def hutchinson(
         raise ValueError(f"probes must be an integer >= 1, got {probes!r}")
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(f"loss must be a tensor of one element with its graph, got {loss!r}")
-    params = list(dict.fromkeys(p for p in params if p.requires_grad))
+    params = trained(params)
     if not params:
         raise ValueError("params holds no parameter that requires a gradient")
     if any(isinstance(param, DTensor) for param in params):

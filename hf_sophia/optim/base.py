@@ -282,7 +282,9 @@ class BaseOptimizer(Optimizer):
                 f" {self._describe(param)}{remedy}"
             )
 
-    def _describe(self, param: torch.Tensor) -> str:
+    def _describe(self, param: object) -> str:
+        if not isinstance(param, torch.Tensor):
+            return f"{param!r}, which is no parameter"
         for index, group in enumerate(self.param_groups):
             for position, candidate in enumerate(group["params"]):
                 if candidate is param:

@@ -289,15 +289,25 @@ class Sophia(OwnEstimates, SophiaMetrics):
         Raises:
             ValueError: A key is not a parameter of this optimizer, or an estimate has another
                 shape; nothing has changed then.
+            TypeError: The mapping is none, or an estimate is no tensor; nothing has changed then.
             NonFiniteHessianError: An estimate holds NaN or infinity; a ValueError too, and nothing
                 has changed.
         """
+        if not isinstance(mapping, Mapping):
+            raise TypeError(
+                f"update_hessian wants {{parameter: estimate}}, got a {type(mapping).__name__}"
+            )
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for param, estimate in mapping.items():
             if param not in groups:
                 raise ValueError(
                     f"update_hessian got {self._describe(param)}; pass the parameters that this"
                     " optimizer was built with"
+                )
+            if not isinstance(estimate, torch.Tensor):
+                raise TypeError(
+                    f"update_hessian got a {type(estimate).__name__} for {self._describe(param)}:"
+                    " an estimate is a tensor of its shape"
                 )
             if estimate.shape != param.shape:
                 raise ValueError(

@@ -9,7 +9,7 @@ from reference.copies import assert_unbiased, copy_parameters, forward_copies
 from reference.curvature import gauss_newton_diagonal
 from torch.nn import functional
 
-from hf_sophia.estimators import GaussNewtonBartlett, gauss_newton_bartlett, grouped
+from hf_sophia.estimators import GaussNewtonBartlett, gauss_newton_bartlett, grouped, hutchinson
 
 # The package's name for it is the function inside.
 estimator_module = importlib.import_module("hf_sophia.estimators.gauss_newton_bartlett")
@@ -279,6 +279,30 @@ def test_bad_input_is_named() -> None:
     logits.sum().backward()
     with pytest.raises(RuntimeError, match="graph of the logits is gone"):
         gauss_newton_bartlett(logits, params)
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda logits, params: gauss_newton_bartlett(logits, params, retain_graph=True),
+        lambda logits, params: hutchinson(logits.square().sum(), params),
+    ],
+    ids=["gnb", "hutchinson"],
+)
+def test_parameters_may_come_with_their_names_and_nothing_else_may(estimate) -> None:
+    model, x = mlp(5)
+    found = []
+    for params in (model.parameters(), model.named_parameters(), list(model.named_parameters())):
+        torch.manual_seed(0)
+        found.append(estimate(model(x), params))
+    assert found[0].keys() == found[1].keys() == found[2].keys() == set(model.parameters())
+    assert all(torch.equal(found[0][p], other[p]) for other in found[1:] for p in found[0])
+    with pytest.raises(TypeError, match="params must be an iterable of parameters, got one Param"):
+        estimate(model(x), next(model.parameters()))
+    with pytest.raises(TypeError, match=r"got one Sequential: pass model.parameters\(\)"):
+        estimate(model(x), model)
+    with pytest.raises(TypeError, match="params must hold parameters, got '0.weight'"):
+        estimate(model(x), dict(model.named_parameters()))
 
 
 def test_sums_are_reduced_in_buckets_of_one_kind_and_a_bounded_size(monkeypatch) -> None:

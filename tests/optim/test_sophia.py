@@ -162,6 +162,12 @@ def test_update_hessian_refuses_what_does_not_fit_and_changes_nothing() -> None:
         optimizer.update_hessian({param: torch.ones(2)})
     with pytest.raises(ValueError, match="parameter 'weight'.*NaN or infinity"):
         optimizer.update_hessian({param: torch.tensor([1.0, float("nan"), 1.0])})
+    with pytest.raises(ValueError, match="got 'weight', which is no parameter; pass the param"):
+        optimizer.update_hessian({"weight": torch.ones(3)})
+    with pytest.raises(TypeError, match="got a float for parameter 'weight'"):
+        optimizer.update_hessian({param: 1.0})
+    with pytest.raises(TypeError, match=r"wants \{parameter: estimate\}, got a list"):
+        optimizer.update_hessian([torch.ones(3)])
     assert torch.equal(optimizer.state[param]["hessian"], kept)
 
 
