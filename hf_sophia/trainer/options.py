@@ -109,6 +109,9 @@ AUTO_DEFAULTS: dict[str, Any] = {
 #: hundred: a small one would be that of the tensors with the largest alone.
 SHARED_CLIP_FRACTION = 0.5
 
+#: Options of Sophia's that a number for rho leaves without effect.
+_FOR_AUTO = ("target_clip_fraction", "embedding_clip_fraction", "rho_scope")
+
 #: Options that TrainingArguments has fields of its own for.
 _ARGUMENT_OF = {
     "lr": "--learning_rate",
@@ -185,7 +188,13 @@ def constructor_options(name: str, args: Any, default_betas: tuple[float, float]
         ValueError: As `parse_optim_args`.
     """
     options = parse_optim_args(name, args.optim_args)
-    if name == "sophia" and options.get("rho", AUTO) == AUTO:
+    if name == "sophia" and (rho := options.get("rho", AUTO)) != AUTO:
+        if unused := [option for option in _FOR_AUTO if option in options]:
+            raise ValueError(
+                f"optim_args {args.optim_args!r}: {', '.join(unused)} would have no effect with"
+                f" rho={rho:g}, a threshold that stays as it is: leave rho out, or these"
+            )
+    elif name == "sophia":
         if options.get("rho_scope") == "group" and "embedding_clip_fraction" in options:
             raise ValueError(
                 f"optim_args {args.optim_args!r}: embedding_clip_fraction needs a rho for each"

@@ -188,6 +188,11 @@ def test_rho_may_be_auto(tiny_gpt2, tmp_path) -> None:
         ("rho=auto,target_clip_fraction=1", r"target_clip_fraction must lie in \(0, 1\)"),
         ("rho=auto,rho_scope=layer", "rho_scope must be one of 'tensor', 'group', got 'layer'"),
         ("nesterov=maybe", "nesterov must be true or false"),
+        (
+            "rho=0.05,target_clip_fraction=0.3,rho_scope=group",
+            "target_clip_fraction, rho_scope would have no effect with rho=0.05",
+        ),
+        ("embedding_clip_fraction=0.3,rho=1", "embedding_clip_fraction would have no effect with"),
     ],
 )
 def test_what_rho_auto_can_not_be(text, message, tiny_gpt2, tmp_path) -> None:
