@@ -106,7 +106,8 @@ def diagnose(
                 "the model has no parameter to train: requires_grad is False for all of them."
                 " Unfreeze what shall train"
             )
-        optimizer = optimizer_of(trainer, name)
+        with undisturbed(model, trainer.args.seed):
+            optimizer = optimizer_of(trainer, name)
         if optimizer is not None:
             for message in not_shared(optimizer, model):
                 diagnosis.findings.append(Finding("warning", message))
@@ -138,7 +139,7 @@ def diagnose(
         diagnosis.findings.append(Finding("error", f"{kind}{error}"))
     diagnosis.head, diagnosis.way, diagnosis.tokens = watch.head, watch.way, watch.tokens
     if not diagnosis.failed:
-        judge(diagnosis, trainer, name, asked)
+        judge(diagnosis, trainer, optimizer, asked)
     return diagnosis
 
 

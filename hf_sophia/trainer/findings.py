@@ -21,13 +21,18 @@ MANY_FLAT = 0.05
 _EPS = 1e-12
 
 
-def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, Any]) -> None:
+def judge(
+    diagnosis: Diagnosis,
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer | None,
+    asked: dict[str, Any],
+) -> None:
     """Say what is wrong or slow in a run that works.
 
     Args:
         diagnosis: What was measured; findings are added to it.
         trainer: The Trainer that would run.
-        name: The optimizer that its arguments name.
+        optimizer: What it was given or would make itself; None: what its arguments name.
         asked: Sophia's options there.
     """
 
@@ -35,10 +40,15 @@ def judge(diagnosis: Diagnosis, trainer: Trainer, name: str, asked: dict[str, An
         diagnosis.findings.append(Finding(severity, message))
 
     if diagnosis.rho is None:
+        named = getattr(trainer.args.optim, "value", trainer.args.optim)
+        instead, remedy = f"the arguments ask for --optim {named}", ""
+        if optimizer is not None:
+            instead = f"the Trainer has an optimizer of its own, {type(optimizer).__name__}"
+            remedy = " in its place"
         add(
             "note",
-            f"the arguments ask for --optim {name}, so that nothing here would take place:"
-            " give --optim sophia with the options below",
+            f"{instead}, so that nothing here would take place: give --optim sophia with the"
+            f" options below{remedy}",
         )
     if isinstance(trainer.train_dataset, Iterator):
         add(

@@ -359,7 +359,8 @@ def test_the_users_scheduler_stays_his(tiny_gpt2, tmp_path) -> None:
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     args = arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=3)
     trainer = SophiaTrainer(model, args, train_dataset=dataset(), optimizers=(optimizer, schedule))
-    diagnose(trainer, steps=4)
+    found = diagnose(trainer, steps=4)
+    assert any("has an optimizer of its own, SGD" in text for text in messages(found, "note"))
     assert not trainer.accelerator._optimizers
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
@@ -379,6 +380,7 @@ class MakesSophia(SophiaTrainer):
     """Layer-wise learning rates and a schedule in the training step, as scripts have them."""
 
     def create_optimizer(self, *args):
+        torch.rand(3), np.random.rand(), random.random()  # as a random projection would
         params = list(self.model.parameters())
         groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:]}]
         self.optimizer = Sophia(groups, lr=0.1, rho=1e9, k=3, betas=(0.8, 0.9))
@@ -405,7 +407,10 @@ def test_a_sophia_that_the_trainer_makes_is_examined_and_moves_nothing(
     model.transformer.wpe.weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     trainer = trainer_of(model, tmp_path, trainer_class, optim=optim, optim_args=None)
+    numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     found = diagnose(trainer, steps=6)
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == numbers[1:]
     assert not found.failed, found.findings
     assert (found.rho, found.k, len(found.tokens)) == (1e9, 3, 3)
     assert any("rho=1e+09 would clip 0.0%" in text for text in messages(found, "warning"))
