@@ -1,5 +1,6 @@
 """What estimators share: sums over groups of predictions, over how many there are."""
 
+import reprlib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -23,18 +24,24 @@ def trained(params: Parameters) -> list[torch.Tensor]:
     Raises:
         TypeError: Something in it is no parameter.
     """
-    single = isinstance(params, torch.Tensor | torch.nn.Module)
+    many = isinstance(params, torch.nn.ParameterList)  # the one module that is such a list
+    single = isinstance(params, torch.Tensor | torch.nn.Module) and not many
     if single or not isinstance(params, Iterable):
         raise TypeError(
             f"params must be an iterable of parameters, got one {type(params).__name__}: pass"
             " model.parameters() or a list"
         )
-    found = [param[1] if isinstance(param, tuple) else param for param in params]
-    for param in found:
+    found = []
+    for param in params:
+        match param:
+            case str(), param:  # a name first, as a pair of tensors is no parameter
+                pass
         if not isinstance(param, torch.Tensor):
             raise TypeError(
-                f"params must hold parameters, got {param!r}: pass model.parameters() or a list"
+                f"params must hold parameters, got {reprlib.repr(param)}: pass"
+                " model.parameters() or a list"
             )
+        found.append(param)
     return list(dict.fromkeys(param for param in found if param.requires_grad))
 
 

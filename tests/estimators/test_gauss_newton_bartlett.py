@@ -292,10 +292,15 @@ def test_bad_input_is_named() -> None:
 def test_parameters_may_come_with_their_names_and_nothing_else_may(estimate) -> None:
     model, x = mlp(5)
     found = []
-    for params in (model.parameters(), model.named_parameters(), list(model.named_parameters())):
+    for params in (
+        model.parameters(),
+        model.named_parameters(),
+        list(model.named_parameters()),
+        torch.nn.ParameterList(model.parameters()),
+    ):
         torch.manual_seed(0)
         found.append(estimate(model(x), params))
-    assert found[0].keys() == found[1].keys() == found[2].keys() == set(model.parameters())
+    assert all(each.keys() == set(model.parameters()) for each in found)
     assert all(torch.equal(found[0][p], other[p]) for other in found[1:] for p in found[0])
     with pytest.raises(TypeError, match="params must be an iterable of parameters, got one Param"):
         estimate(model(x), next(model.parameters()))
@@ -303,6 +308,9 @@ def test_parameters_may_come_with_their_names_and_nothing_else_may(estimate) -> 
         estimate(model(x), model)
     with pytest.raises(TypeError, match="params must hold parameters, got '0.weight'"):
         estimate(model(x), dict(model.named_parameters()))
+    for wrong in (tuple(model[0].parameters()), (), ("weight", None)):
+        with pytest.raises(TypeError, match="params must hold parameters, got "):
+            estimate(model(x), [wrong])
 
 
 def test_sums_are_reduced_in_buckets_of_one_kind_and_a_bounded_size(monkeypatch) -> None:
