@@ -1,5 +1,6 @@
 """The Trainer that refreshes Sophia's Hessian: a mixin for any Trainer, and the plain one."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +18,13 @@ from hf_sophia.optim.sophia_options import AUTO
 from hf_sophia.trainer.alignment import labels_are_aligned
 from hf_sophia.trainer.checkpoints import WholeCheckpointsMixin
 from hf_sophia.trainer.embeddings import give_embeddings_their_share
-from hf_sophia.trainer.heads import HeadOutput, NoLogitsError, head_output
+from hf_sophia.trainer.heads import (
+    HeadOutput,
+    NoLogitsError,
+    base_model,
+    head_output,
+    shifts_labels,
+)
 from hf_sophia.trainer.health import HessianHealth
 from hf_sophia.trainer.noise import noise_seed
 from hf_sophia.trainer.own_pass import (
@@ -287,7 +294,7 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             if self._plan.estimator == "hutchinson":
                 with twice_differentiable_attention():
                     count = count_predictions(model, share)
-                    refresh.add_loss(self._mean_loss(model, share, count), count, index)
+                    refresh.add_loss(self._mean_loss(model, share), count, index)
                 return
             given = dict(share)
             if self.label_smoother is not None or self.compute_loss_func is not None:
@@ -316,17 +323,22 @@ class SophiaTrainerMixin(PublishingMixin, WholeCheckpointsMixin):
             " super().compute_loss there and leave hessian_batch_fraction out"
         )
 
-    def _mean_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], count: torch.Tensor | int
-    ) -> torch.Tensor:
+    def _mean_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Compute the Trainer's loss as the mean over these inputs alone."""
         if self.compute_loss_func is None and not self._has_its_own("compute_loss"):
             return self.compute_loss(model, dict(inputs))
-        # Code of the user's may rely on the number. Where it is to be that of all processes, their
-        # number is made up for in the loss, by the Trainer or by that code.
-        if self.args.average_tokens_across_devices:
-            count = count * self.accelerator.num_processes
-        return self.compute_loss(model, dict(inputs), num_items_in_batch=count)
+        # Code of the user's may rely on the number that training passes, or on its being None.
+        alone = copy.copy(self)
+        alone.args = copy.copy(self.args)
+        alone.args.average_tokens_across_devices = False  # the count is of this process alone
+        # The Trainer does not know it of all models, and counts their first labels.
+        alone._loss_shifts_labels = shifts_labels(base_model(self._unwrapped(model)))
+        items = alone._get_num_items_in_batch([inputs], self.args.device)
+        # Where it is to be that of all processes, how many they are is made up for in the loss, by
+        # the Trainer or by that code.
+        if items is not None and self.args.average_tokens_across_devices:
+            items = items * self.accelerator.num_processes
+        return self.compute_loss(model, dict(inputs), num_items_in_batch=items)
 
     def _checked_head(
         self,

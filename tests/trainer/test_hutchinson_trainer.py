@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_sophia import SophiaTrainer, hutchinson
 from hf_sophia.trainer.noise import Place, noise_seed
 
-from .families import CASES
+from .families import CASES, flag_rows
 from .runs import Recorder, arguments, dataset, first_hessian, hessians_of, run, sophia_of
 
 HUTCHINSON = "hessian_computation_type=hutchinson,rho=0.2"
@@ -198,8 +198,40 @@ def test_of_several_processes_each_takes_its_own_mean(
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
     inputs = default_collate(dataset(4))
     expected = trainer.model(**inputs).loss
-    loss = trainer._mean_loss(trainer.model, inputs, torch.tensor(44))
+    loss = trainer._mean_loss(trainer.model, inputs)
     torch.testing.assert_close(loss, expected)
+
+
+class Renaming(SophiaTrainer):
+    """Has labels of another name, which the Trainer does not count: a mean, as no number comes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert num_items_in_batch is None
+        inputs = dict(inputs)
+        inputs["labels"] = inputs.pop("target")
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def test_a_loss_whose_labels_are_not_counted_gets_no_number(tiny_gpt2, tmp_path) -> None:
+    inputs = default_collate(dataset(4))
+    expected = tiny_gpt2()(**inputs).loss
+    trainer = Renaming(tiny_gpt2(), arguments(tmp_path), train_dataset=dataset())
+    inputs["target"] = inputs.pop("labels")
+    torch.testing.assert_close(trainer._mean_loss(trainer.model, inputs), expected)
+
+
+def test_a_loss_of_several_outputs_is_divided_by_what_training_divides_by(tmp_path) -> None:
+    # Twelve labels, which are four predictions of three independent outputs each.
+    case = next(case for case in CASES if case.rows is flag_rows)
+    model, inputs = case.make(), default_collate(case.rows(4))
+
+    def summed_flags(outputs, labels, num_items_in_batch):
+        assert num_items_in_batch == labels.numel()
+        total = functional.binary_cross_entropy_with_logits(outputs.logits, labels, reduction="sum")
+        return total / num_items_in_batch
+
+    trainer = SophiaTrainer(model, arguments(tmp_path), compute_loss_func=summed_flags)
+    torch.testing.assert_close(trainer._mean_loss(model, inputs), model(**inputs).loss)
 
 
 def test_checkpointing_without_reentrance_gives_the_same(tiny_gpt2, tmp_path) -> None:
