@@ -62,9 +62,9 @@ def labels_are_aligned(
         return False
     else:
         # Both come from the same logits; only a loss that was computed in 16 bits may differ more.
-        bound, floor = _rounding(own, head)
+        share, least = _rounding(own, head)
         agree = any(
-            abs(mean - value) <= bound * max(abs(value), floor)
+            abs(mean - value) <= max(share * abs(value), least)
             for mean in means
             for value in own_means
         )
@@ -81,18 +81,22 @@ def labels_are_aligned(
 
 
 def _rounding(own: torch.Tensor, head: HeadOutput) -> tuple[float, float]:
-    """Return by what share of itself a model's loss may be off, and of what size it counts as."""
-    dtype = own.dtype
+    """Return by what share of itself a model's loss may be off, and by how much at least."""
+    logits, targets, dtype = head.logits.detach(), head.targets, own.dtype
     if head.likelihood == "bernoulli":
         # Flags in fp32 make the result that, of terms that the logits' dtype has rounded.
-        dtype = min(dtype, head.logits.dtype, key=lambda dtype: dtype.itemsize)
+        dtype = min(dtype, logits.dtype, key=lambda dtype: dtype.itemsize)
     if dtype.itemsize >= 4:
-        return 1e-4, 1e-3
-    # A normalizer as large as the logits is rounded, whatever small loss is left; on the CPU the
-    # mean was off by 2.5 of the dtype's resolutions of it at most, in 84,000 batches.
-    logits = head.logits.detach()
-    largest = logits.where(logits.isfinite(), 0.0).abs().max().item()
-    return 4.0 * torch.finfo(dtype).eps, max(largest, 1e-3)
+        return 1e-4, 1e-7
+    # A normalizer as large as a row's largest logit is rounded, and a sum of 1 or more, whatever
+    # small loss is left. A row's smallest logit may stand for a class that is masked.
+    sizes = logits.amax(-1) if head.likelihood == "categorical" else logits
+    sizes = sizes.reshape(-1).float().abs()
+    counted = sizes.isfinite() & (targets.to(sizes.device).reshape(-1) != IGNORE_INDEX)
+    size = sizes[counted].mean().nan_to_num().item()
+    # Half as much again as the most that was seen on the CPU.
+    eps = torch.finfo(dtype).eps
+    return 4.0 * eps, 2.0 * eps * max(size, 1.0)
 
 
 def _means(head: HeadOutput, outputs: Any) -> tuple[list[float], int]:

@@ -303,3 +303,20 @@ def test_a_loss_rounded_to_16_bits_is_told_from_a_wrong_one(likelihood, dtype) -
                 assert labels_are_aligned(model, head, {}, {"loss": loss_of(logits, labels)})
             with pytest.raises(RuntimeError, match="not aligned"):
                 labels_are_aligned(model, head, {}, {"loss": loss_of(logits, wrong)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_neither_masked_classes_nor_ignored_rows_hide_wrong_labels_in_16_bits(dtype) -> None:
+    """64 rows, seed 0, of likely labels: five of 20 classes are masked, eight rows ignored."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(15, (64,), generator=generator)
+    logits = torch.randn(64, 20, generator=generator)
+    logits[torch.arange(64), labels] += 5
+    logits[:, 15:] = torch.finfo(dtype).min
+    logits[:8], labels[:8] = 3e4, -100
+    logits, model = logits.to(dtype), torch.nn.Linear(1, 1)
+    outputs = {"loss": functional.cross_entropy(logits, labels)}
+    assert labels_are_aligned(model, HeadOutput(logits, labels, "categorical"), {}, outputs)
+    rolled = torch.cat((labels[:8], labels[8:].roll(1)))
+    with pytest.raises(RuntimeError, match="not aligned"):
+        labels_are_aligned(model, HeadOutput(logits, rolled, "categorical"), {}, outputs)
