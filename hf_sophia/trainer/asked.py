@@ -1,52 +1,24 @@
 """What a Trainer asks of Sophia, however it comes to its optimizer."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import math
 from typing import Any
 
 import torch
+from transformers.trainer import Trainer
 
 from hf_sophia.optim import Sophia
+from hf_sophia.trainer.held import held, hooks_held
 from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
 from hf_sophia.trainer.trainer_sophia import TrainerSophia
-
-
-@contextmanager
-def held(*things: Any) -> Iterator[None]:
-    """Give the attributes of some objects back as they were.
-
-    Args:
-        *things: The objects; what their attributes refer to is not copied, but for dictionaries
-            and lists.
-    """
-    before = [(vars(thing), _plainly_copied(vars(thing))) for thing in things]
-    try:
-        yield
-    finally:
-        for current, attributes in before:
-            current.clear()
-            current.update(attributes)
-
-
-def _plainly_copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copy attributes: dictionaries and the lists in them anew, all else as it is."""
-
-    def copied(value: Any) -> Any:
-        if type(value) in (dict, defaultdict):
-            fresh = {key: copied(inner) for key, inner in value.items()}
-            return fresh if type(value) is dict else defaultdict(value.default_factory, fresh)
-        # Not what is in it: a list may be the data set.
-        return list(value) if type(value) is list else value
-
-    return {name: copied(value) for name, value in attributes.items()}
 
 
 def optimizer_of(trainer: SophiaTrainerMixin, name: str) -> torch.optim.Optimizer | None:
     """Return the optimizer that a Trainer was given, or one like that which it would make.
 
     Args:
-        trainer: One that has not trained.
+        trainer: One that has not trained. What its own code does to its parameters'
+            `requires_grad` stays.
         name: The optimizer that its arguments name.
 
     Returns:
@@ -56,22 +28,48 @@ def optimizer_of(trainer: SophiaTrainerMixin, name: str) -> torch.optim.Optimize
     Raises:
         ValueError: The Trainer can't make it, or `--optim sophia` would have no effect.
     """
-    if trainer.optimizer is not None:
-        optimizer, source = trainer.optimizer, "was given (optimizers=...)"
-    else:
-        own = trainer._has_its_own("create_optimizer")
-        if not own and trainer.optimizer_cls_and_kwargs is None and name != "sophia":
-            return None
-        source = "makes (create_optimizer)" if own else "was given (optimizer_cls_and_kwargs=...)"
-        with held(trainer):
+    source = "was given (optimizers=...)"
+    with held(trainer), hooks_held(trainer.model.parameters()):
+        if trainer.optimizer is None:
+            own = trainer._has_its_own("create_optimizer")
+            if not own and trainer.optimizer_cls_and_kwargs is None and name != "sophia":
+                return None
+            source = (
+                "makes (create_optimizer)" if own else "was given (optimizer_cls_and_kwargs=...)"
+            )
+            # Copies, which code of the user's may change, and that know what training would.
+            trainer.args, trainer.state = copy.copy(trainer.args), copy.copy(trainer.state)
+            trainer.state.max_steps = steps_of(trainer)
             trainer.create_optimizer()
-            optimizer = trainer.optimizer
+            if trainer.optimizer is None:
+                raise ValueError(
+                    f"{type(trainer).__name__}.create_optimizer left self.optimizer None: set it"
+                    " there"
+                )
+        optimizer = trainer.optimizer if trainer._sophia is None else trainer._sophia
     if name == "sophia" and not isinstance(optimizer, Sophia):
         raise ValueError(
             f"the optimizer that the Trainer {source} is {type(optimizer).__name__}, so that"
             " --optim sophia would have no effect: leave it out"
         )
     return optimizer
+
+
+def steps_of(trainer: Trainer) -> int:
+    """Return the optimizer steps that a run would take, or 0 where nobody knows.
+
+    Args:
+        trainer: What would run.
+    """
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:
+        return 0
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    return math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
 
 
 def options_of(optimizer: Sophia) -> dict[str, Any]:
@@ -104,8 +102,8 @@ def not_shared(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list
     sentences = []
     if lacking := [name for param, name in trained.items() if param not in own]:
         sentences.append(
-            f"the optimizer lacks {lacking[0]} and {len(lacking) - 1} more of the model's trained"
-            " parameters: freeze them, or give them to it"
+            f"the optimizer lacks {_counted(lacking)} of the model's trained parameters: freeze"
+            " what it lacks, or give it to it"
         )
     if foreign := own - set(model.parameters()):
         sentences.append(
@@ -113,3 +111,7 @@ def not_shared(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list
             " after a layer was replaced: make it from the model as it is now"
         )
     return sentences
+
+
+def _counted(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

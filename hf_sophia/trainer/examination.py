@@ -23,10 +23,11 @@ from transformers.trainer_utils import has_length
 
 from hf_sophia.optim import Sophia
 from hf_sophia.optim.threshold import CoordinateSample
-from hf_sophia.trainer.asked import held, not_shared, optimizer_of, options_of
+from hf_sophia.trainer.asked import not_shared, optimizer_of, options_of
 from hf_sophia.trainer.diagnosis import Curvature, Diagnosis, Finding, Sample
 from hf_sophia.trainer.findings import judge
 from hf_sophia.trainer.heads import HeadOutput
+from hf_sophia.trainer.held import generators_held, held
 from hf_sophia.trainer.options import AUTO, AUTO_DEFAULTS
 from hf_sophia.trainer.own_pass import undisturbed
 from hf_sophia.trainer.sophia_trainer import SophiaTrainerMixin
@@ -91,8 +92,8 @@ def diagnose(
         raise ValueError(f"steps must be at least {_FEWEST}, got {steps}")
     name = getattr(trainer.args.optim, "value", trainer.args.optim)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    size = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    diagnosis = Diagnosis(f"{type(model).__name__}, {size:,} trained parameters")
+    trained = {param: param.requires_grad for param in model.parameters()}
+    diagnosis = Diagnosis(type(model).__name__)
     diagnosis.adamw_lr = adamw_lr
     if adamw_lr is None and name.startswith("adamw"):
         diagnosis.adamw_lr = trainer.args.learning_rate
@@ -101,13 +102,15 @@ def diagnose(
     watch = _Watch(trainer, model)
     targets: dict[torch.Tensor, float] = {}
     try:
+        with undisturbed(model, trainer.args.seed):
+            optimizer = optimizer_of(trainer, name)
+        size = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        diagnosis.model += f", {size:,} trained parameters"
         if size == 0:
             raise ValueError(
                 "the model has no parameter to train: requires_grad is False for all of them."
                 " Unfreeze what shall train"
             )
-        with undisturbed(model, trainer.args.seed):
-            optimizer = optimizer_of(trainer, name)
         if optimizer is not None:
             for message in not_shared(optimizer, model):
                 diagnosis.findings.append(Finding("warning", message))
@@ -137,6 +140,9 @@ def diagnose(
         # Whatever it is would have ended the run.
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
         diagnosis.findings.append(Finding("error", f"{kind}{error}"))
+    finally:
+        for param, trains in trained.items():
+            param.requires_grad_(trains)
     diagnosis.head, diagnosis.way, diagnosis.tokens = watch.head, watch.way, watch.tokens
     if not diagnosis.failed:
         judge(diagnosis, trainer, optimizer, asked)
@@ -161,20 +167,26 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: SophiaTrainerMixin, model: torch.nn.Module) -> None:
         self._trainer = trainer
-        self.params = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.samples = {param: CoordinateSample(param) for param in self.params}
+        self._model = model
+        self.params: dict[torch.Tensor, str] = {}
+        self.samples: dict[torch.Tensor, CoordinateSample] = {}
         self.last: dict[torch.Tensor, torch.Tensor] = {}
         self.seconds: list[float] = []
         self.bytes: list[int] = []
         self.tokens: list[int] = []
         self.head: str | None = None
         self.way: str | None = None
-        self._device = next(iter(self.params), torch.zeros(())).device
+        self._device = next(model.parameters(), torch.zeros(())).device
 
     def _clock(self) -> float:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        named = self._model.named_parameters()
+        self.params = {param: name for name, param in named if param.requires_grad}
+        self.samples = {param: CoordinateSample(param) for param in self.params}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self._device.type == "cuda":
@@ -232,18 +244,22 @@ def _looking(
             for name in ("create_optimizer", "create_scheduler")
         },
         "sophia_head": _spied(trainer, watch),
+        "log": lambda *args, **kwargs: None,
         "state": copy.deepcopy(trainer.state),
         "control": copy.copy(trainer.control),
     }
     accelerator = trainer.accelerator
     scaler = accelerator.scaler and accelerator.scaler.state_dict()
-    grads = {param: param.grad for param in watch.params}
+    grads = {param: param.grad for param in trainer.model.parameters()}
     training = trainer.model.training
     listener = _Listener(findings)
     logger = logging.getLogger("hf_sophia")
     logger.addHandler(listener)
     try:
-        with held(trainer, trainer.callback_handler, accelerator):
+        with (
+            held(trainer, trainer.callback_handler, accelerator, trainer.data_collator),
+            generators_held(trainer.train_dataset),
+        ):
             vars(trainer).update(replaced)
             trainer.callback_handler.callbacks = [DefaultFlowCallback(), watch]
             try:

@@ -1,12 +1,12 @@
 """What would make Sophia wrong or slow in a run that works, with its remedy."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.trainer import Trainer
 
+from hf_sophia.trainer.asked import steps_of
 from hf_sophia.trainer.diagnosis import Diagnosis, Finding
 from hf_sophia.trainer.health import HEALTHY_CLIPPING
 
@@ -141,7 +141,7 @@ def judge(
                 f"{'' if clipped > high else ' from a long step'}. rho=auto follows the data,"
                 f" or take {diagnosis.fixed_options()}",
             )
-    steps = _steps_of(trainer)
+    steps = steps_of(trainer)
     if 0 < steps < FEW_REFRESHES * diagnosis.k:
         add(
             "warning",
@@ -154,19 +154,6 @@ def judge(
             f"without bias_correction=true h is too small for about"
             f" {diagnosis.k / (1 - asked['betas'][1]):.0f} steps, and clips more than later",
         )
-
-
-def _steps_of(trainer: Trainer) -> int:
-    """Return the optimizer steps that a run would take, or 0 where nobody knows."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    try:
-        rows = len(trainer.train_dataset)
-    except TypeError:
-        return 0
-    batch = args.train_batch_size * args.gradient_accumulation_steps
-    return math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
 
 
 def _listed(names: list[str]) -> str:

@@ -153,7 +153,9 @@ def undisturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
 
     Random numbers inside come from generators seeded here; those of Python, NumPy, torch's CPU and
     the model's devices are as before afterwards, and so are the buffers (running statistics) but
-    for what can only be packed weights.
+    for what can only be packed weights. A buffer that the pass puts another tensor in the place of
+    stays so: that is how models keep what they compute from the length of the longest batch, and
+    note that length where nobody sees it.
 
     Args:
         model: The unwrapped model.

@@ -1,10 +1,12 @@
 """What the doctor says of a run, and that the run does not notice."""
 
+import collections
 import copy
 import math
 import random
 import re
 import statistics
+import typing
 from collections.abc import Iterator
 
 import numpy as np
@@ -506,3 +508,126 @@ def test_on_a_cpu_the_memory_that_is_expected_is_told(tiny_gpt2, tmp_path) -> No
 def test_memory_is_measured_on_a_gpu(tiny_gpt2, tmp_path) -> None:
     found = diagnose(trainer_of(tiny_gpt2(), tmp_path, use_cpu=False))
     assert found.refresh_bytes >= found.plain_bytes > 0
+
+
+class TouchesTheRun(SophiaTrainer):
+    """Does in `create_optimizer` and in steps what leaves something behind."""
+
+    logs: typing.ClassVar[list[int]] = []
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen, self.counts = [], collections.Counter()
+        self.nested = {"seen": collections.deque()}
+
+    def create_optimizer(self, *args):
+        share = 1.0 / self.state.max_steps  # 0 before training, for the stock Trainer
+        for param in self.model.transformer.h[0].parameters():
+            param.register_hook(lambda grad: grad * 0.1)
+
+        def step(param: torch.Tensor) -> None:
+            param.data.add_(1.0)
+
+        self.model.transformer.ln_f.weight.register_post_accumulate_grad_hook(step)
+        self.model.transformer.wpe.requires_grad_(False)
+        self.model.transformer.wte.requires_grad_(True)
+        self.args.learning_rate *= share
+        return super().create_optimizer(*args)
+
+    def training_step(self, *args, **kwargs):
+        self.seen.append(1)
+        self.counts["steps"] += 1
+        self.nested["seen"].append(1)
+        return super().training_step(*args, **kwargs)
+
+    def log(self, *args, **kwargs) -> None:
+        self.logs.append(1)
+        super().log(*args, **kwargs)
+
+
+class Masking:
+    """A collator with random numbers of its own, as transformers' that mask have them."""
+
+    def __init__(self) -> None:
+        self.generators = None
+        self.own = torch.Generator().manual_seed(3)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if self.generators is None:
+            self.generators = np.random.default_rng(3), random.Random(3)
+        drawn = self.generators[0].random() + self.generators[1].random()
+        batch = torch.utils.data.default_collate(rows)
+        dropped = torch.rand(batch["labels"].shape, generator=self.own) < 0.2 * drawn
+        return {**batch, "labels": batch["labels"].masked_fill(dropped, -100)}
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Rows that are cut by random numbers of the data set's."""
+
+    def __init__(self) -> None:
+        self.rows = dataset()
+        self.generators = np.random.default_rng(5)
+        self.legacy, self.python = np.random.RandomState(5), random.Random(5)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        drawn = self.generators.random() + self.legacy.rand() + self.python.random()
+        return self.rows[(index + int(10 * drawn)) % len(self.rows)]
+
+
+def test_nothing_that_a_users_code_does_stays(tiny_gpt2, tmp_path) -> None:
+    def made() -> SophiaTrainer:
+        model = tiny_gpt2()
+        model.transformer.wte.requires_grad_(False)
+        args = arguments(tmp_path, max_steps=5, logging_first_step=True, optim_args=None)
+        return TouchesTheRun(model, args, train_dataset=Augmented(), data_collator=Masking())
+
+    plain, trainer = made(), made()
+    plain.train()
+    before = copy.deepcopy(trainer.model.state_dict())
+    data, seen = trainer.train_dataset, trainer.seen
+    logged = len(TouchesTheRun.logs)
+    found = diagnose(trainer, steps=5)
+    assert not found.failed, found.findings
+    assert all(torch.equal(before[n], value) for n, value in trainer.model.state_dict().items())
+    assert not trainer.model.transformer.wte.weight.requires_grad
+    assert trainer.model.transformer.wpe.weight.requires_grad
+    assert trainer.args.learning_rate == 5e-3
+    assert len(TouchesTheRun.logs) == logged
+    assert trainer.seen is seen
+    assert trainer.train_dataset is data
+    assert (trainer.seen, trainer.counts, list(trainer.nested["seen"])) == ([], {}, [])
+    trainer.train()
+    assert seen == [1] * 5
+    pairs = zip(plain.model.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_list_of_rows_is_the_same_one_afterwards(tiny_gpt2, tmp_path) -> None:
+    rows = dataset()
+    trainer = trainer_of(tiny_gpt2(), tmp_path, data=rows)
+    diagnose(trainer, steps=4)
+    assert trainer.train_dataset is rows
+    assert len(rows) == len(dataset())
+
+
+def test_a_given_sophia_may_have_been_prepared(tiny_gpt2, tmp_path) -> None:
+    model = tiny_gpt2()
+    trainer = trainer_of(model, tmp_path, optim_args=None)
+    trainer.optimizer = trainer.accelerator.prepare(Sophia(model.parameters(), lr=1e-3, k=3))
+    found = diagnose(trainer, steps=4)
+    assert not found.failed, found.findings
+    assert found.k == 3
+
+
+def test_a_create_optimizer_that_only_returns_one_is_told_of(tiny_gpt2, tmp_path) -> None:
+    class Returning(SophiaTrainer):
+        def create_optimizer(self, *args):
+            return Sophia(self.model.parameters(), lr=1e-3)
+
+    found = diagnose(trainer_of(tiny_gpt2(), tmp_path, Returning), steps=4)
+    assert messages(found, "error") == [
+        "Returning.create_optimizer left self.optimizer None: set it there"
+    ]
